@@ -1,0 +1,91 @@
+"""Batch norm over the global batch, on devices where torch's `SyncBatchNorm` does not run (all but GPUs).
+
+With it a network with batch norm computes the same with one worker or several, on a CPU as on GPUs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from dino_core.distributed import has_process_group
+
+
+class _AllReduceSum(torch.autograd.Function):
+    """Sum over all ranks, forward and, as each rank's loss depends on every rank's input, backward."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        total = tensor.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        total = grads[0].clone()
+        dist.all_reduce(total)
+        return total
+
+
+class GlobalBatchNorm(_BatchNorm):
+    """`torch.nn.BatchNorm{1,2,3}d` whose training statistics are those of all ranks' rows together.
+
+    Every rank must hold as many rows. Parameters and buffers have the names of torch's batch norms.
+    """
+
+    @classmethod
+    def replacing(cls, module: _BatchNorm) -> GlobalBatchNorm:
+        """The same batch norm, with the same parameters and buffers."""
+        new = cls(module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats)
+        new.load_state_dict(module.state_dict())
+        for name, parameter in module.named_parameters():
+            setattr(new, name, parameter)
+        for name, buffer in module.named_buffers():
+            setattr(new, name, buffer)
+        return new.train(module.training)
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"input {list(input.shape)}: must be [rows, features, ...]")
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[B, C, ...] -> the same shape, normalised over all axes but C and over all ranks."""
+        if not (self.training and has_process_group()):
+            return super().forward(input)
+        self._check_input_dim(input)
+        x = input.float()
+        axes = [axis for axis in range(x.dim()) if axis != 1]
+        shape = [-1 if axis == 1 else 1 for axis in range(x.dim())]
+        count = x.numel() // x.shape[1] * dist.get_world_size()
+        mean = _AllReduceSum.apply(x.sum(axes)) / count  # [C]
+        centred = x - mean.view(shape)
+        variance = _AllReduceSum.apply(centred.square().sum(axes)) / count
+        self._update_running(mean, variance, count)
+        out = centred * torch.rsqrt(variance + self.eps).view(shape)
+        if self.affine:
+            out = out * self.weight.view(shape) + self.bias.view(shape)
+        return out.to(input.dtype)
+
+    @torch.no_grad()
+    def _update_running(self, mean: Tensor, variance: Tensor, count: int) -> None:
+        if not self.track_running_stats:
+            return
+        assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        weight = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean, weight)
+        self.running_var.lerp_(variance * (count / max(count - 1, 1)), weight)
+
+
+def use_global_batch_norm(network: nn.Module) -> nn.Module:
+    """Replace every plain `torch.nn.BatchNorm{1,2,3}d` inside `network`, in place."""
+    plain = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+    for parent in list(network.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, _BatchNorm) and type(child) in plain:
+                setattr(parent, name, GlobalBatchNorm.replacing(child))
+    return network

@@ -1,0 +1,435 @@
+"""The whole state of a run on disk, as safetensors and JSON.
+
+::
+
+    <folder>/step_00000200/
+        model.safetensors       student.*, teacher.*, objective.* (with the centre), buffers included
+        optimizer.safetensors   <parameter>.<moment>
+        state.json              step, data position, config, hyper-parameters, every RNG of every rank, versions, extra
+        MANIFEST.json           size and SHA-256 of the others and of itself; written last
+
+A checkpoint is written under a temporary name, flushed to the disk and renamed, so whatever carries its name is
+complete; bit rot is found by the sums when it is read. On CPU a run continues bit for bit for the same number of
+workers, threads and versions. No file format used here can hold code.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import platform
+import random
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dino_core import distributed
+from dino_core.train import TrainState
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+MODEL_FILE = "model.safetensors"
+OPTIMIZER_FILE = "optimizer.safetensors"
+STATE_FILE = "state.json"
+MANIFEST_FILE = "MANIFEST.json"
+
+_NAME = re.compile(r"step_(\d{8,})(\.old)?")
+_TEMPORARY = ".partial-"  # being written or deleted
+_SHAPE_KEYS = ("pretrain.model.", "pretrain.head.", "pretrain.optim.name", "pretrain.crops.global_size")
+_RESERVE_BYTES = 1 << 20  # manifest, JSON, file system
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written, read or used. The message names the file or folder."""
+
+
+# ----------------------------------------------------------------------------------------------------------- saving
+
+
+def save_checkpoint(state: TrainState, folder: Path, *, extra: Mapping[str, Any] | None = None) -> Path:
+    """Write `folder/step_<state.step>` and return its path. Every rank calls it; rank 0 writes.
+
+    `extra` is anything JSON can hold, and is what `load_checkpoint` returns. A checkpoint of the same step is replaced.
+
+    Raises:
+        TypeError: JSON cannot hold `extra`.
+        CheckpointError: on every rank, if a tensor is not finite, the disk is too full, or writing fails. What was in
+            the folder before is as it was.
+    """
+    path = folder / f"step_{state.step:08d}"
+    text = json.dumps(_rng_state(state.device))
+    extra = json.loads(json.dumps(dict(extra or {})))  # on every rank, so that all raise if it cannot be written
+    rng = [json.loads(item) for item in _gather(text.encode(), state.device)]
+    problem = ""
+    if distributed.rank() == 0:
+        try:
+            _write(state, path, {"rng": rng, "extra": extra})
+        except (OSError, safetensors.SafetensorError) as error:
+            problem = f"cannot write {path}: {error}"
+        except CheckpointError as error:
+            problem = str(error)
+    # Also the barrier behind which every rank may rely on the checkpoint.
+    problem = b"".join(_gather(problem.encode(), state.device)).decode()
+    if problem:
+        raise CheckpointError(problem)
+    return path
+
+
+def _write(state: TrainState, path: Path, parts: dict[str, Any]) -> None:
+    model, (moments, scalars) = _model_tensors(state), _optimizer_state(state.optimizer)
+    text = json.dumps(_describe(state) | {"optimizer": scalars} | parts)
+    for name, tensor in (model | moments).items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise CheckpointError(f"{path}: not written, for {name} holds values that are not finite")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for stale in path.parent.glob(f"{_TEMPORARY}*"):
+        shutil.rmtree(stale)
+    needed = sum(tensor.nbytes for tensor in (model | moments).values()) + len(text) + _RESERVE_BYTES
+    free = shutil.disk_usage(path.parent).free
+    if free < needed:
+        raise CheckpointError(f"{path}: the disk is too full, {needed} bytes are needed and {free} are free")
+
+    temporary = path.with_name(f"{_TEMPORARY}{path.name}-{os.getpid()}")
+    try:
+        temporary.mkdir()
+        save_file(model, temporary / MODEL_FILE)
+        save_file(moments, temporary / OPTIMIZER_FILE)
+        (temporary / STATE_FILE).write_text(text)
+        (temporary / MANIFEST_FILE).write_bytes(_manifest(temporary))
+        for file in (*temporary.iterdir(), temporary):
+            _flush(file)
+        _put_in_place(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _put_in_place(temporary: Path, path: Path) -> None:
+    """Rename; a checkpoint that is already there stays readable under its name or with .old until the new one is."""
+    old = path.with_name(f"{path.name}.old")
+    if path.exists():
+        if old.exists():
+            _delete(old)
+        path.rename(old)
+    temporary.rename(path)
+    _flush(path.parent)
+    if old.exists():
+        _delete(old)
+
+
+def _delete(path: Path) -> None:
+    """Rename first, so that a half deleted checkpoint never carries the name of a whole one."""
+    shutil.rmtree(path.rename(path.with_name(f"{_TEMPORARY}deleted-{path.name}-{os.getpid()}")))
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _model_tensors(state: TrainState) -> dict[str, Tensor]:
+    parts = {"student": state.student, "teacher": state.teacher, "objective": state.objective}
+    return {
+        f"{part}.{name}": tensor.detach().cpu().contiguous()
+        for part, module in parts.items()
+        for name, tensor in module.state_dict().items()
+    }
+
+
+def _optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of the optimiser's state by "<parameter>.<name>", and all the rest for JSON."""
+    whole = optimizer.state_dict()
+    tensors: dict[str, Tensor] = {}
+    scalars: dict[str, dict[str, Any]] = {}
+    for parameter, values in whole["state"].items():
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                tensors[f"{parameter}.{name}"] = value.detach().cpu().contiguous()
+            else:
+                scalars.setdefault(str(parameter), {})[name] = value
+    return tensors, {"param_groups": whole["param_groups"], "scalars": scalars}
+
+
+def _describe(state: TrainState) -> dict[str, Any]:
+    return {
+        "step": state.step,
+        "data_position": state.step * state.config.batch_size,
+        "config": dataclasses.asdict(state.config),
+        "circumstances": _circumstances(state),
+    }
+
+
+def _circumstances(state: TrainState) -> dict[str, Any]:
+    """What must be the same for the run to continue bit for bit."""
+    return {
+        "world_size": distributed.world_size(),
+        "num_threads": torch.get_num_threads(),
+        "device": state.device.type,
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "timm": metadata.version("timm"),
+        "torch": torch.__version__,
+    }
+
+
+def _rng_state(device: torch.device) -> dict[str, Any]:
+    numpy_state = np.random.get_state(legacy=False)
+    assert isinstance(numpy_state, dict)
+    key = numpy_state["state"]["key"].tolist()
+    return {
+        "python": random.getstate(),
+        "numpy": numpy_state | {"state": numpy_state["state"] | {"key": key}},
+        "torch": _to_text(torch.get_rng_state()),
+        "cuda": _to_text(torch.cuda.get_rng_state(device)) if device.type == "cuda" else None,
+    }
+
+
+def _to_text(tensor: Tensor) -> str:
+    return base64.b64encode(tensor.numpy().tobytes()).decode()
+
+
+def _from_text(text: str) -> Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+
+
+def _gather(data: bytes, device: torch.device) -> list[bytes]:
+    """The bytes of every rank, rank 0 first; also a barrier."""
+    if not distributed.has_process_group():
+        return [data]
+    device = device if dist.get_backend() == "nccl" else torch.device("cpu")
+    sizes = distributed.all_gather_rows(torch.tensor([len(data)], device=device)).tolist()
+    row = torch.zeros(1, max(sizes) + 1, dtype=torch.uint8)
+    row[0, : len(data)] = torch.tensor(list(data), dtype=torch.uint8)
+    rows = distributed.all_gather_rows(row.to(device)).cpu().numpy()
+    return [row[:size].tobytes() for row, size in zip(rows, sizes, strict=True)]
+
+
+# --------------------------------------------------------------------------------------------------------- manifest
+
+
+def _manifest(folder: Path) -> bytes:
+    files = {}
+    for path in sorted(folder.iterdir()):
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    return _seal({"format_version": FORMAT_VERSION, "files": files})
+
+
+def _seal(content: dict[str, Any]) -> bytes:
+    text = json.dumps(content, indent=1, sort_keys=True)
+    return (json.dumps(content | {"sha256": hashlib.sha256(text.encode()).hexdigest()}, indent=1) + "\n").encode()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """The files by name, with what the manifest says of them."""
+    file = path / MANIFEST_FILE
+    try:
+        found = file.read_bytes()
+        content = json.loads(found)
+        version = content["format_version"]
+        whole = found == _seal({"format_version": version, "files": content["files"]})
+        whole = whole and content["files"].keys() == {MODEL_FILE, OPTIMIZER_FILE, STATE_FILE}
+    except FileNotFoundError:
+        raise CheckpointError(f"{file}: there is no such file, so this is no complete checkpoint") from None
+    except (ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{file}: damaged") from None
+    if version != FORMAT_VERSION:
+        raise CheckpointError(f"{file}: format version {version}; this release reads {FORMAT_VERSION}")
+    if not whole:
+        raise CheckpointError(f"{file}: damaged")
+    files: dict[str, Any] = content["files"]
+    return files
+
+
+def verify_checkpoint(path: Path, *, sums: bool = True) -> None:
+    """Check that every file is there, as long as the manifest says and, with `sums`, holds the very bytes written.
+
+    Raises:
+        CheckpointError: naming the first file that is not.
+    """
+    for name, expected in _read_manifest(path).items():
+        file = path / name
+        if not file.is_file():
+            raise CheckpointError(f"{file}: missing")
+        size = file.stat().st_size
+        if size != expected["bytes"]:
+            raise CheckpointError(f"{file}: damaged, {size} bytes long instead of {expected['bytes']}")
+        if sums and _sha256(file) != expected["sha256"]:
+            raise CheckpointError(f"{file}: damaged, its SHA-256 is not that of the manifest")
+
+
+def _newest_first(folder: Path) -> Iterator[Path]:
+    found = []
+    for path in folder.iterdir() if folder.is_dir() else ():
+        match = _NAME.fullmatch(path.name)
+        if match:
+            found.append((int(match[1]), not match[2], path))
+    return (path for _, _, path in sorted(found, reverse=True))
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint in `folder` that is complete and undamaged; warns about each newer one that is not."""
+    for path in _newest_first(folder):
+        try:
+            verify_checkpoint(path)
+        except CheckpointError as error:
+            logger.warning("skipping a checkpoint: %s", error)
+        else:
+            return path
+    return None
+
+
+def prune_checkpoints(folder: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints. One that is visibly broken does not count as kept. Rank 0 only.
+
+    Raises:
+        ValueError: `keep` is below 1.
+    """
+    if keep < 1:
+        raise ValueError(f"keep = {keep}: must be >= 1")
+    if distributed.rank() != 0:
+        return
+    kept = 0
+    for path in _newest_first(folder):
+        if kept >= keep:
+            _delete(path)
+            continue
+        try:
+            verify_checkpoint(path, sums=False)
+        except CheckpointError:
+            continue
+        kept += 1
+
+
+# ---------------------------------------------------------------------------------------------------------- loading
+
+
+def load_checkpoint(state: TrainState, path: Path) -> dict[str, Any]:
+    """Bring `state`, freshly created from a fitting configuration, to where the checkpoint was; returns its `extra`.
+
+    Restores weights, centre, moments, step and this rank's global RNGs, all in place. Logs a warning if something
+    differs that may change numbers: other settings, world size, thread count, device or versions.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, or does not fit `state`, which is then left as it was.
+    """
+    verify_checkpoint(path)
+    saved = json.loads((path / STATE_FILE).read_text())
+    model, moments = load_file(path / MODEL_FILE), load_file(path / OPTIMIZER_FILE)
+    changed = _changed_keys(saved["config"], state)
+    optimizer = _check_fit(state, path, model, moments, saved["optimizer"], changed)
+
+    for part, module in (("student", state.student), ("teacher", state.teacher), ("objective", state.objective)):
+        prefix = f"{part}."
+        module.load_state_dict({name.removeprefix(prefix): t for name, t in model.items() if name.startswith(prefix)})
+    state.optimizer.load_state_dict(optimizer)
+    state.step = saved["step"]
+    _restore_rng(saved["rng"], state.device)
+
+    here = _circumstances(state)
+    different = [
+        f"{key} was {was}, is {here.get(key)}" for key, was in saved["circumstances"].items() if here.get(key) != was
+    ]
+    if different:
+        logger.warning("%s: equality bit for bit with the unbroken run is not promised: %s", path, "; ".join(different))
+    if changed:
+        logger.warning("%s: continues with changed settings: %s", path, "; ".join(changed.values()))
+    extra: dict[str, Any] = saved["extra"]
+    return extra
+
+
+def _flatten(prefix: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {key: leaf for name, part in value.items() for key, leaf in _flatten(f"{prefix}.{name}", part).items()}
+
+
+def _changed_keys(saved: dict[str, Any], state: TrainState) -> dict[str, str]:
+    """Dotted keys whose values differ, each with what to say about it."""
+    there = _flatten("pretrain", saved)
+    here = _flatten("pretrain", json.loads(json.dumps(dataclasses.asdict(state.config))))
+    return {
+        key: f"{key} was {there.get(key)}, is {here.get(key)}"
+        for key in sorted(there.keys() | here.keys())
+        if there.get(key) != here.get(key)
+    }
+
+
+def _check_fit(
+    state: TrainState,
+    path: Path,
+    model: dict[str, Tensor],
+    moments: dict[str, Tensor],
+    saved: dict[str, Any],
+    changed: dict[str, str],
+) -> dict[str, Any]:
+    """The optimiser's state dict, once every tensor is known to have its place."""
+    expected = {name: tensor.shape for name, tensor in _model_tensors(state).items()}
+    found = {name: tensor.shape for name, tensor in model.items()}
+    problems = [
+        f"{name} is {_shape(found.get(name))} there and {_shape(expected.get(name))} here"
+        for name in sorted(expected.keys() | found.keys())
+        if expected.get(name) != found.get(name)
+    ]
+    here = state.optimizer.state_dict()
+    groups = [(group["params"], sorted(group)) for group in here["param_groups"]]
+    if groups != [(group["params"], sorted(group)) for group in saved["param_groups"]]:
+        problems.append("the optimiser's parameter groups are others")
+    if problems:
+        reasons = [line for key, line in changed.items() if key.startswith(_SHAPE_KEYS)]
+        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+        why = f"{'; '.join(reasons)} ({shown})" if reasons else shown
+        raise CheckpointError(f"{path}: does not fit this configuration: {why}")
+
+    values: dict[int, dict[str, Any]] = {int(key): dict(scalars) for key, scalars in saved["scalars"].items()}
+    for key, tensor in moments.items():
+        parameter, name = key.split(".", 1)
+        values.setdefault(int(parameter), {})[name] = tensor
+    return {"state": values, "param_groups": _with_tuples(saved["param_groups"], here["param_groups"])}
+
+
+def _shape(shape: torch.Size | None) -> str:
+    return "absent" if shape is None else str(list(shape))
+
+
+def _with_tuples(saved: list[dict[str, Any]], like: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """JSON knows no tuples; where the optimiser has one, make one."""
+    return [
+        {key: tuple(value) if isinstance(group[key], tuple) else value for key, value in old.items()}
+        for old, group in zip(saved, like, strict=True)
+    ]
+
+
+def _restore_rng(saved: list[dict[str, Any]], device: torch.device) -> None:
+    if distributed.rank() >= len(saved):
+        return  # a rank that was not there before; the warning about the world size covers it
+    rng = saved[distributed.rank()]
+    version, internal, gauss = rng["python"]
+    random.setstate((version, tuple(internal), gauss))
+    key = np.array(rng["numpy"]["state"]["key"], dtype=np.uint32)
+    np.random.set_state(rng["numpy"] | {"state": rng["numpy"]["state"] | {"key": key}})
+    torch.set_rng_state(_from_text(rng["torch"]))
+    if rng["cuda"] is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(_from_text(rng["cuda"]), device)

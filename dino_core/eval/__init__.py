@@ -1,0 +1,29 @@
+"""Evaluations of frozen features. Names are imported when they are first used."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dino_core.eval.features import eval_transform as eval_transform
+    from dino_core.eval.features import extract_features as extract_features
+    from dino_core.eval.knn import knn_accuracy as knn_accuracy
+
+_MODULES = {
+    "eval_transform": "dino_core.eval.features",
+    "extract_features": "dino_core.eval.features",
+    "knn_accuracy": "dino_core.eval.knn",
+}
+
+__all__ = list(_MODULES)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return getattr(importlib.import_module(_MODULES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_MODULES])

@@ -1,0 +1,140 @@
+"""Schedules: plain functions of the step (0 is the first update). No torch here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from dino_core.config import ConfigError, PretrainConfig
+
+Schedule = Callable[[int], float]
+
+
+def _linspace(start: float, stop: float, num: int, index: int) -> float:
+    """Element `index` of `num` equally spaced values that include both ends; `start` if there is only one."""
+    if num > 1 and index == num - 1:
+        return stop
+    return start + index * ((stop - start) / (num - 1) if num > 1 else 0.0)
+
+
+def cosine_schedule(base: float, final: float, total_steps: int, warmup_steps: int = 0, start: float = 0.0) -> Schedule:
+    """Linear warm-up from `start` to `base`, then half a cosine from `base` towards `final`.
+
+    With W = `warmup_steps` and N = `total_steps` - W::
+
+        step < W:   W equally spaced values, the last of them `base`
+        otherwise:  final + (base - final) / 2 * (1 + cos(pi * (step - W) / N))
+
+    `base` therefore comes twice and `final` is approached but not reached. Source: DINO (arXiv 2104.14294), section 3.2
+    and the authors' array of the same values.
+
+    Raises:
+        ValueError: the warm-up does not fit into the run; when called, a step outside of the run.
+    """
+    if total_steps < 1:
+        raise ValueError(f"total_steps = {total_steps}: must be >= 1")
+    if not 0 <= warmup_steps <= total_steps:
+        raise ValueError(f"warmup_steps = {warmup_steps}: must lie between 0 and total_steps = {total_steps}")
+
+    def schedule(step: int) -> float:
+        if not 0 <= step < total_steps:
+            raise ValueError(f"step = {step}: must be >= 0 and < total_steps = {total_steps}")
+        if step < warmup_steps:
+            return _linspace(start, base, warmup_steps, step)
+        progress = (step - warmup_steps) / (total_steps - warmup_steps)
+        return final + 0.5 * (base - final) * (1 + math.cos(math.pi * progress))
+
+    return schedule
+
+
+def linear_warmup_schedule(start: float, final: float, warmup_steps: int) -> Schedule:
+    """`warmup_steps` equally spaced values from `start` to `final`, both included, then `final` for ever.
+
+    Raises:
+        ValueError: `warmup_steps` is negative; when called, a negative step.
+    """
+    if warmup_steps < 0:
+        raise ValueError(f"warmup_steps = {warmup_steps}: must be >= 0")
+
+    def schedule(step: int) -> float:
+        if step < 0:
+            raise ValueError(f"step = {step}: must be >= 0")
+        return _linspace(start, final, warmup_steps, step) if step < warmup_steps else final
+
+    return schedule
+
+
+@dataclass(frozen=True)
+class Schedules:
+    """All schedules of one run, and the lengths that follow from its configuration and the number of images."""
+
+    lr: Schedule
+    weight_decay: Schedule
+    momentum: Schedule
+    """Of the teacher."""
+    teacher_temp: Schedule
+    total_steps: int
+    freeze_last_layer_steps: int
+    """The prototypes get no update in steps below this."""
+    steps_per_epoch: float
+    """Not rounded: an epoch may end inside a batch."""
+    peak_lr: float
+    """The learning rate after warm-up, scaled by the batch size."""
+    notes: tuple[str, ...] = ()
+    """What may surprise about them, a line each."""
+
+
+def build_schedules(config: PretrainConfig, num_samples: int) -> Schedules:
+    """The schedules of a run over `num_samples` images.
+
+    Durations in epochs are rounded to steps. The teacher's temperature moves every step, where the authors' DINO code
+    looks it up once per epoch: the ends of the warm-up are the same, the path between them has no stairs.
+
+    A warm-up that is longer than the run is not squeezed into it: the run is the beginning of a longer one, and `notes`
+    says so.
+
+    Raises:
+        ConfigError: there are no images, or the run has no step.
+    """
+    if num_samples < 1:
+        raise ConfigError(f"data.source: holds {num_samples} images, at least 1 is needed")
+    steps_per_epoch = num_samples / config.batch_size
+    if config.steps is not None:
+        total_steps = config.steps
+    else:
+        assert config.epochs is not None
+        total_steps = math.floor(round(config.epochs * steps_per_epoch, 6))  # 0.29 epochs of 100 are 29, not 28.99...
+        if total_steps < 1:
+            raise ConfigError(
+                f"pretrain.epochs = {config.epochs:g}: {num_samples} images in batches of {config.batch_size} "
+                f"make no full step; must be >= {config.batch_size / num_samples:g}"
+            )
+
+    def warmup(key: str, epochs: float) -> int:
+        steps = round(epochs * steps_per_epoch)
+        if steps > total_steps:
+            notes.append(f"pretrain.{key} = {epochs:g}: is {steps} steps; the run of {total_steps} steps ends before")
+        return steps
+
+    notes: list[str] = []
+    optim, teacher = config.optim, config.teacher
+    lr_warmup = warmup("optim.warmup_epochs", optim.warmup_epochs)
+    temp_warmup = warmup("teacher.warmup_temp_epochs", teacher.warmup_temp_epochs)
+    scale = 1.0 if optim.lr_reference_batch_size is None else config.batch_size / optim.lr_reference_batch_size
+    peak_lr = optim.lr * scale
+    return Schedules(
+        lr=(
+            cosine_schedule(peak_lr, optim.min_lr, total_steps, lr_warmup)
+            if lr_warmup <= total_steps
+            else linear_warmup_schedule(0.0, peak_lr, lr_warmup)
+        ),
+        weight_decay=cosine_schedule(optim.weight_decay, optim.final_weight_decay, total_steps),
+        momentum=cosine_schedule(teacher.momentum, teacher.final_momentum, total_steps),
+        teacher_temp=linear_warmup_schedule(teacher.warmup_temp, teacher.temp, temp_warmup),
+        total_steps=total_steps,
+        freeze_last_layer_steps=round(optim.freeze_last_layer_epochs * steps_per_epoch),
+        steps_per_epoch=steps_per_epoch,
+        peak_lr=peak_lr,
+        notes=tuple(notes),
+    )

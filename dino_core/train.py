@@ -1,0 +1,273 @@
+"""The training loop. Read this first.
+
+`TrainState` is everything that a run is at one moment, `train_step` makes one update of it, `train` makes all of them.
+What is logged at step s describes the weights before update s.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dino_core.config import ConfigError, PretrainConfig
+from dino_core.crops import CropBatch
+from dino_core.diagnostics import feature_std, kl_to_student, teacher_entropy
+from dino_core.distributed import all_reduce_mean_, has_process_group, world_size
+from dino_core.networks import CropNetwork, build_student, build_teacher, synchronise_batch_norm
+from dino_core.objectives import DINO
+from dino_core.optim import build_optimizer, cancel_last_layer_gradients_, clip_gradients_, set_hyperparameters
+from dino_core.schedules import Schedules, build_schedules
+
+OnLog = Callable[[int, dict[str, float]], None]
+OnCheckpoint = Callable[["TrainState"], None]
+Evaluate = Callable[["TrainState"], dict[str, float]]
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss became infinite or NaN. Raised before weights, optimiser, teacher, centre or step move.
+
+    Only the running statistics of batch norms, which nothing here reads in training, have seen the batch.
+    """
+
+    def __init__(self, step: int, loss: float) -> None:
+        super().__init__(step, loss)
+        self.step = step
+        self.loss = loss
+
+    def __str__(self) -> str:
+        return f"the loss of step {self.step} is {self.loss}"
+
+
+@dataclass
+class TrainState:
+    """A run between two steps. Nothing else is needed to continue it: no global RNG is used after `create`."""
+
+    config: PretrainConfig
+    schedules: Schedules
+    student: CropNetwork
+    teacher: CropNetwork
+    objective: DINO
+    optimizer: torch.optim.Optimizer
+    parallel_student: nn.Module
+    """The student itself or, in a process group, its wrapper that averages gradients. Shares the student's weights."""
+    device: torch.device
+    step: int = 0
+    """The next update."""
+
+    @classmethod
+    def create(cls, config: PretrainConfig, num_samples: int, device: str | torch.device = "cpu") -> TrainState:
+        """The state before step 0 of a run over `num_samples` images; every rank of a process group calls it.
+
+        Weights are drawn on the CPU from `config.seed` alone, so they are the same on every device and rank. torch's
+        global RNG is left as it was found.
+
+        Raises:
+            ConfigError: the configuration does not fit together, or not to the number of workers.
+        """
+        device = torch.device(device)
+        if config.batch_size % world_size():
+            raise ConfigError(
+                f"pretrain.batch_size = {config.batch_size}: must be a multiple of cluster.num_workers = {world_size()}"
+            )
+        schedules = build_schedules(config, num_samples)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(config.seed)
+            student = build_student(config)
+        student = synchronise_batch_norm(student.to(device), config, device).train()
+        teacher = build_teacher(student)
+        objective = DINO(
+            config.head.num_prototypes,
+            student_temp=config.student.temp,
+            centering=config.teacher.centering,
+            center_momentum=config.teacher.center_momentum,
+        ).to(device)
+        parallel: nn.Module = student
+        if has_process_group():
+            parallel = DistributedDataParallel(student, gradient_as_bucket_view=True)
+        optimizer = build_optimizer(config.optim, student)
+        return cls(config, schedules, student, teacher, objective, optimizer, parallel, device)
+
+
+def train_step(state: TrainState, crops: CropBatch) -> dict[str, Tensor]:
+    """One update from this rank's share of the global batch; `state.step` moves on by one.
+
+    Order (DINO, arXiv 2104.14294, algorithm 1, and the authors' code): hyper-parameters of this step, forward of
+    teacher and student, loss, backward, clip each parameter, keep the prototypes still at first, optimiser, teacher,
+    centre.
+
+    Returns:
+        Metrics of all ranks together, before the update, as scalars on the device: train/loss, train/teacher_entropy,
+        train/kl (nats), train/grad_norm (before clipping), train/feature_std (teacher's backbone, 0 to 1).
+
+    Raises:
+        NonFiniteLossError: before anything moved.
+        ValueError: the crops are not a share of the global batch.
+    """
+    config, schedules, step = state.config, state.schedules, state.step
+    groups = _crop_groups(state, crops)
+    num_images = crops.num_images
+    state.optimizer.zero_grad(set_to_none=True)
+    state.student.begin_step(config.seed, step, num_images)
+    with torch.autocast(state.device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16"):
+        with torch.no_grad():
+            features = state.teacher.features(groups[:1])  # [T * B, D]
+            teacher_logits = state.teacher.head(features).unflatten(0, (-1, num_images))  # [T, B, K]
+        student_logits = state.parallel_student(groups).unflatten(0, (-1, num_images))  # [S, B, K]
+    loss, teacher_probs = state.objective(student_logits, teacher_logits, schedules.teacher_temp(step))
+    entropy = teacher_entropy(teacher_probs)
+    mean_loss, entropy = all_reduce_mean_(torch.stack([loss.detach(), entropy])).unbind()
+
+    loss.backward()
+    grad_norm = clip_gradients_(state.student.parameters(), config.optim.clip_grad)
+    # the one time that the host waits for the device; all ranks see the same mean, so all stop or none
+    if not torch.isfinite(mean_loss):
+        state.optimizer.zero_grad(set_to_none=True)
+        raise NonFiniteLossError(step, float(mean_loss))
+    if step < schedules.freeze_last_layer_steps:
+        cancel_last_layer_gradients_(state.student.head)
+    set_hyperparameters(state.optimizer, schedules.lr(step), schedules.weight_decay(step))
+    state.optimizer.step()
+    state.objective.update_teacher(state.student, state.teacher, teacher_logits, schedules.momentum(step))
+    state.step += 1
+    return {
+        "train/loss": mean_loss,
+        "train/teacher_entropy": entropy,
+        "train/kl": kl_to_student(mean_loss, entropy),
+        "train/grad_norm": grad_norm,
+        "train/feature_std": feature_std(features),
+    }
+
+
+def _crop_groups(state: TrainState, crops: CropBatch) -> list[Tensor]:
+    """The crops by size, after checking that their numbers are what the configuration says."""
+    share = state.config.batch_size // world_size()
+    if crops.num_images != share:
+        raise ValueError(f"crops of {crops.num_images} images: must be {share}, this rank's share of the global batch")
+    groups = [crops.global_crops] if crops.local_crops is None else [crops.global_crops, crops.local_crops]
+    found = [group.shape[0] for group in groups]
+    num_local = state.config.crops.num_local_crops
+    expected = [2 * share, num_local * share] if num_local else [2 * share]
+    if found != expected:
+        raise ValueError(f"{found} crops (global, local): must be {expected}")
+    return groups
+
+
+def train(
+    state: TrainState,
+    batches: Iterable[CropBatch],
+    *,
+    on_log: OnLog,
+    on_checkpoint: OnCheckpoint,
+    evaluate: Evaluate | None = None,
+) -> None:
+    """Train from `state.step` to the end of the run; `batches` begins with the batch of `state.step`.
+
+    Calls, all with the state between two updates:
+      `on_log(step, metrics)` every `log_every_steps` and for the last step, besides for every evaluation;
+      `evaluate(state)` before step 0, every `eval.every_steps` and after the last step (logged at the step to come);
+      `on_checkpoint(state)` every `checkpoint_every_steps` and at the end, before the last evaluation.
+
+    A state that is already at the end is checkpointed and evaluated. Whatever happens, `batches` is closed if it is an
+    iterator that can be.
+
+    Raises:
+        NonFiniteLossError: see `train_step`.
+        RuntimeError: `batches` ended too early.
+    """
+    config, total = state.config, state.schedules.total_steps
+    iterator = iter(batches)
+    clock = _Clock(config.batch_size)
+    try:
+        while state.step < total:
+            if evaluate is not None and _is_due(state.step, config.eval.every_steps, at_start=True):
+                with clock.paused():
+                    on_log(state.step, evaluate(state))
+            crops = clock.wait_for(iterator, state.step, total)
+            step = state.step
+            metrics = train_step(state, crops)
+            clock.num_steps += 1
+            if _is_due(step, config.log_every_steps, at_start=True) or state.step == total:
+                on_log(step, _to_floats(metrics) | _schedule_metrics(state, step) | clock.read())
+            if state.step < total and _is_due(state.step, config.checkpoint_every_steps):
+                on_checkpoint(state)
+    finally:
+        close = getattr(iterator, "close", None)  # generators and data loaders' iterators have it, others need none
+        if close is not None:
+            close()
+    on_checkpoint(state)
+    if evaluate is not None:
+        on_log(state.step, evaluate(state))
+
+
+def _is_due(step: int, every: int | None, *, at_start: bool = False) -> bool:
+    return at_start if step == 0 else every is not None and step % every == 0
+
+
+def _to_floats(metrics: dict[str, Tensor]) -> dict[str, float]:
+    """All values in one transfer from the device."""
+    return dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
+
+
+def _schedule_metrics(state: TrainState, step: int) -> dict[str, float]:
+    schedules = state.schedules
+    return {
+        "train/lr": schedules.lr(step),
+        "train/weight_decay": schedules.weight_decay(step),
+        "train/teacher_momentum": schedules.momentum(step),
+        "train/teacher_temp": schedules.teacher_temp(step),
+        "train/epoch": step / schedules.steps_per_epoch,
+    }
+
+
+class _Clock:
+    """Speed since the last reading, without the time of evaluations."""
+
+    def __init__(self, batch_size: int) -> None:
+        self._batch_size = batch_size
+        self._restart()
+
+    def _restart(self) -> None:
+        self.num_steps = 0
+        self._waited_s = 0.0
+        self._paused_s = 0.0
+        self._started = time.perf_counter()
+
+    def wait_for(self, batches: Iterator[CropBatch], step: int, total: int) -> CropBatch:
+        began = time.perf_counter()
+        crops = next(batches, None)
+        self._waited_s += time.perf_counter() - began
+        if crops is None:
+            raise RuntimeError(f"the batches ended before step {step} of {total}")
+        return crops
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self._paused_s += time.perf_counter() - began
+
+    def read(self) -> dict[str, float]:
+        """Images per second over all workers, and the share of the time in which the model waited for data."""
+        elapsed = max(time.perf_counter() - self._started - self._paused_s, 1e-9)
+        speed, share = self.num_steps * self._batch_size / elapsed, self._waited_s / elapsed
+        self._restart()
+        return {"train/images_per_s": speed, "train/data_wait_share": min(share, 1.0)}
+
+
+class _CallableModule(ModuleType):
+    """So that `dino_core.train(state, ...)` works although `dino_core.train` is this module."""
+
+    def __call__(self, state: TrainState, batches: Iterable[CropBatch], **callables: Any) -> None:
+        train(state, batches, **callables)
+
+
+sys.modules[__name__].__class__ = _CallableModule

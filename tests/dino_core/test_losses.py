@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dino_core.losses import dino_loss, koleo_loss
+
+
+def sines(shape: Sequence[int], shift: float, scale: float = 2.0) -> Tensor:
+    """The reference inputs: scale * sin(0.7 i + shift), row by row."""
+    values = scale * np.sin(0.7 * np.arange(math.prod(shape)) + shift)
+    return torch.from_numpy(values).float().reshape(*shape)
+
+
+def by_definition(student: Tensor, probs: Tensor, temp: float) -> Tensor:
+    """Equation 3 of the paper, pair by pair."""
+    terms = [
+        -(probs[t] * torch.log_softmax(student[s] / temp, dim=-1)).sum(dim=-1).mean()
+        for t in range(len(probs))
+        for s in range(len(student))
+        if s != t
+    ]
+    return torch.stack(terms).mean()
+
+
+@given(
+    num_teacher=st.integers(1, 3),
+    num_more=st.integers(0, 3),
+    num_images=st.integers(1, 3),
+    num_prototypes=st.integers(2, 9),
+    temp=st.floats(0.02, 2),
+    seed=st.integers(0, 1000),
+)
+@settings(deadline=None, max_examples=60)
+def test_equals_the_definition_with_its_gradient(num_teacher, num_more, num_images, num_prototypes, temp, seed):
+    generator = torch.Generator().manual_seed(seed)
+    shape = (max(2, num_teacher + num_more), num_images, num_prototypes)
+    student = torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+    probs = torch.randn((num_teacher, *shape[1:]), generator=generator, dtype=torch.float64).mul(9).softmax(dim=-1)
+    loss, expected = dino_loss(student, probs, temp), by_definition(student, probs, temp)
+    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-10)
+    (gradient,) = torch.autograd.grad(3 * loss, student)
+    (expected_gradient,) = torch.autograd.grad(3 * expected, student)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("num_prototypes", [1024, 4096, 60000, 65536, 131072, 262144])
+def test_uniform_logits_give_ln_k(num_prototypes):
+    probs = torch.full((2, 1, num_prototypes), 1 / num_prototypes)
+    loss = dino_loss(torch.zeros(4, 1, num_prototypes), probs, 0.1)
+    table = {
+        1024: 6.931472,
+        4096: 8.317766,
+        60000: 11.0021,
+        65536: 11.090355,
+        131072: 11.783502,
+        262144: 12.476649,
+    }
+    assert loss.item() == pytest.approx(table[num_prototypes], abs=2e-6)
+    assert loss.item() == pytest.approx(math.log(num_prototypes), rel=1e-6)
+
+
+def test_half_precision_logits_are_computed_in_fp32():
+    student = sines((4, 3, 8), 0.1).bfloat16().requires_grad_()
+    probs = sines((2, 3, 8), 1.3).softmax(dim=-1)
+    loss = dino_loss(student, probs, 0.1)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, by_definition(student.detach().float(), probs, 0.1))
+    loss.backward()
+    assert student.grad is not None
+    assert student.grad.dtype == torch.bfloat16
+
+
+def test_the_teacher_gets_no_gradient_and_inputs_are_left_alone():
+    student, probs = sines((3, 2, 5), 0.1).requires_grad_(), sines((2, 2, 5), 1.3).softmax(dim=-1).requires_grad_()
+    before = student.detach().clone()
+    dino_loss(student, probs, 0.1).backward()
+    assert probs.grad is None
+    assert torch.equal(student.detach(), before)
+
+
+def test_a_crop_is_not_compared_with_itself():
+    student, probs = sines((2, 2, 5), 0.1), sines((1, 2, 5), 1.3).softmax(dim=-1)
+    loss = dino_loss(student, probs, 0.1)
+    student[0] += 5 * sines((2, 5), 0.4)
+    assert dino_loss(student, probs, 0.1) == loss
+    student[1] += 5 * sines((2, 5), 0.4)
+    assert dino_loss(student, probs, 0.1) != loss
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "temp"),
+    [
+        ((4, 3, 8), (2, 3, 7), 0.1),
+        ((4, 3, 8), (2, 2, 8), 0.1),
+        ((4, 24), (2, 24), 0.1),
+        ((4, 0, 8), (2, 0, 8), 0.1),
+        ((1, 3, 8), (1, 3, 8), 0.1),
+        ((2, 3, 8), (3, 3, 8), 0.1),
+        ((4, 3, 8), (2, 3, 8), 0.0),
+    ],
+)
+def test_degenerate_input_is_an_error(student, teacher, temp):
+    with pytest.raises(ValueError, match=r"must be|needs"):
+        dino_loss(torch.zeros(student), torch.zeros(teacher), temp)
+
+
+def test_koleo_has_the_official_values():
+    assert koleo_loss(sines((6, 8), 0.2)).item() == pytest.approx(0.4390309, abs=1e-6)
+    collapsed = koleo_loss(sines((1, 8), 0.2).repeat(6, 1)).item()
+    assert collapsed == pytest.approx(17.0782261, abs=1e-5)
+    assert collapsed == pytest.approx(-math.log(1e-8 * (1 + math.sqrt(8))), rel=1e-5)
+
+
+def test_koleo_ignores_lengths_and_pushes_neighbours_apart():
+    features = sines((6, 8), 0.2)
+    scaled = features * torch.arange(1.0, 7.0)[:, None]
+    torch.testing.assert_close(koleo_loss(scaled), koleo_loss(features))
+    leaf = features.clone().requires_grad_()
+    loss = koleo_loss(leaf)
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    assert koleo_loss(features - 0.01 * gradient) < loss
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (0, 8), (2, 3, 8)])
+def test_koleo_needs_neighbours(shape):
+    with pytest.raises(ValueError, match=r"must be \[B, D\] with B >= 2"):
+        koleo_loss(torch.ones(shape))
