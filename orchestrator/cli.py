@@ -1,0 +1,377 @@
+"""The command line: `python -m orchestrator` and `dino`.
+
+Commands import what they need when they run, so that help, completion and every bad input answer at once, without
+torch, ray or mlflow. Exit codes: 0 done, 1 a run failed, 2 bad usage or configuration, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from click.shell_completion import CompletionItem
+
+from dino_core.config import ConfigError
+from orchestrator.errors import RunFailed
+
+if TYPE_CHECKING:
+    from orchestrator.sweep import Sweep
+    from orchestrator.trials import TrialSummary
+
+DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+_EPILOG = """\b
+Settings are KEY=VALUE with one dotted vocabulary: pretrain.optim.lr=1e-3, data.source=/path, cluster.num_workers=4.
+--dry-run prints all of them with their values.
+
+\b
+Completion of names and keys, for the command `dino`:
+  bash:  eval "$(_DINO_COMPLETE=bash_source dino)"
+  zsh:   eval "$(_DINO_COMPLETE=zsh_source dino)"
+  fish:  _DINO_COMPLETE=fish_source dino | source
+
+\b
+Exit codes: 0 done, 1 a run failed, 2 bad usage or configuration, 130 interrupted."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code; the arguments are by default the process's own."""
+    try:
+        cli.main(args=arguments, standalone_mode=False)
+    except click.UsageError as error:
+        error.show()
+        _hint_at_setting(error)
+        return BAD_INPUT
+    except ConfigError as error:
+        _complain(str(error))
+        return BAD_INPUT
+    except RunFailed as error:
+        _complain(str(error))
+        return FAILED
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted", err=True)
+        return INTERRUPTED
+    return DONE
+
+
+@click.group(
+    epilog=_EPILOG,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+)
+def cli() -> None:
+    """Self-supervised pre-training by self-distillation (DINO) on Ray, with sweeps, recorded in MLflow."""
+
+
+def _complete_recipes(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    from orchestrator.catalog import recipes, summary
+
+    return [CompletionItem(n, help=summary(made)) for n, made in recipes().items() if n.startswith(incomplete)]
+
+
+def _complete_sweeps(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    from orchestrator.catalog import summary, sweep_module, sweep_names
+
+    names = [name for name in sweep_names() if name.startswith(incomplete)]
+    items = [CompletionItem(name, help=summary(sweep_module(name))) for name in names]
+    items += [item for item in _complete_recipes(ctx, param, incomplete) if item.value not in names]
+    return items or [CompletionItem(incomplete, type="file")]
+
+
+def _complete_settings(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    from orchestrator.overrides import complete_keys, config_keys
+    from orchestrator.sweep import setting_keys
+
+    keys = config_keys() | (setting_keys() if ctx.info_name == "sweep" else {})
+    return [CompletionItem(f"{key}=", help=allowed) for key, allowed in complete_keys(incomplete, keys)]
+
+
+_settings = click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...", shell_complete=_complete_settings)
+_config_file = click.option(
+    "--config",
+    "config_file",
+    metavar="FILE",
+    type=click.Path(),
+    help="YAML or JSON file of settings, applied before KEY=VALUE.",
+)
+_dry_run = click.option("--dry-run", is_flag=True, help="Check everything, print what would run, start nothing.")
+
+
+@cli.command()
+@click.argument("recipe", required=False, shell_complete=_complete_recipes)
+@_settings
+@_config_file
+@click.option("--local", is_flag=True, help="Train in this process, without Ray (short for cluster.launcher=local).")
+@click.option("--resume", "run", metavar="RUN_ID", help="Go on with an earlier run; needs no RECIPE.")
+@_dry_run
+def pretrain(
+    recipe: str | None, settings: tuple[str, ...], config_file: str | None, local: bool, run: str | None, dry_run: bool
+) -> None:
+    """Pre-train a backbone by RECIPE.
+
+    \b
+    dino pretrain quickstart
+    dino pretrain cifar10_tiny data.source=cifar10.parquet pretrain.epochs=10
+    """
+    recipe, changes = _name_and_changes(recipe, settings, config_file)
+    if local and changes.setdefault("cluster.launcher", "local") != "local":
+        raise ConfigError(f"cluster.launcher = {changes['cluster.launcher']}: must be local with --local")
+    if run is not None:
+        _refuse_with_resume({"--dry-run": dry_run})
+        _resume_run(run, recipe, changes)
+        return
+    if recipe is None:
+        raise click.UsageError("Missing argument 'RECIPE'; `recipes` lists what there is.")
+    from orchestrator.catalog import load_recipe
+    from orchestrator.overrides import override
+    from orchestrator.preflight import check_launcher, check_model
+
+    config = override(load_recipe(recipe), changes)
+    check_launcher(config)
+    check_model(config)
+    if dry_run:
+        from orchestrator.dry_run import print_run
+
+        print_run(config, recipe, click.echo)
+        return
+    from orchestrator.pretrain import pretrain as run_pretrain
+
+    run_pretrain(config, recipe=recipe)
+
+
+@cli.command()
+@click.argument("sweep", required=False, metavar="SWEEP|FILE", shell_complete=_complete_sweeps)
+@_settings
+@_config_file
+@click.option(
+    "--vary",
+    multiple=True,
+    metavar="KEY=V1,V2",
+    help="Vary a key over these values; repeat for a grid.",
+    shell_complete=_complete_settings,
+)
+@click.option("--seeds", type=click.IntRange(min=1), metavar="N", help="Seeds of each combination.")
+@click.option("--base", metavar="RECIPE", help="Start from another recipe.", shell_complete=_complete_recipes)
+@click.option("--resume", "name", metavar="NAME", help="Finish an earlier sweep; its finished trials stay as they are.")
+@_dry_run
+def sweep(
+    sweep: str | None,
+    settings: tuple[str, ...],
+    config_file: str | None,
+    vary: tuple[str, ...],
+    seeds: int | None,
+    base: str | None,
+    name: str | None,
+    dry_run: bool,
+) -> None:
+    """Run an ablation and compare its trials.
+
+    Every combination of the values that the sweep varies is a trial. SWEEP|FILE is a built-in sweep, a FILE.py that
+    defines SWEEP, a FILE.yaml, or a recipe together with --vary. The sweep's own settings have keys too:
+    sweep.scheduler=asha sweep.grace_steps=100 sweep.metric=train/loss ...
+
+    \b
+    dino sweep quickstart
+    dino sweep temperature --base dino_vits16 data.source=/path/to/imagenet
+    dino sweep cifar10_tiny --vary pretrain.optim.lr=5e-4,1e-3 --vary pretrain.crops.num_local_crops=2,6 --seeds 3
+    """
+    sweep, changes = _name_and_changes(sweep, settings, config_file)
+    if name is not None:
+        _refuse_with_resume({"--vary": vary, "--seeds": seeds, "--base": base, "--dry-run": dry_run})
+        _resume_sweep(name, sweep, changes)
+        return
+    if sweep is None:
+        raise click.UsageError("Missing argument 'SWEEP|FILE'; `sweeps` lists what there is.")
+    defined = _define_sweep(sweep, changes, vary, seeds, base)
+    from orchestrator.sweep import expand
+
+    trials = expand(defined)
+    if dry_run:
+        from orchestrator.dry_run import print_sweep
+
+        print_sweep(defined, trials, click.echo)
+        return
+    from orchestrator.run_sweep import run_sweep
+
+    _report_failures(run_sweep(defined).failed)
+
+
+@cli.command()
+@click.argument("experiment")
+@_settings
+@click.option(
+    "--format", "form", type=click.Choice(["table", "markdown", "csv", "html"]), default="table", show_default=True
+)
+@click.option("--output", metavar="FILE", type=click.Path(dir_okay=False), help="Write to a file.")
+@click.option("--metric", default="eval/knn_top1", show_default=True, help="What to rank by.")
+@click.option("--mode", type=click.Choice(["max", "min"]), default="max", show_default=True, help="Which is better.")
+def compare(experiment: str, settings: tuple[str, ...], form: Any, output: str | None, metric: str, mode: Any) -> None:
+    """Rank the trials of EXPERIMENT.
+
+    EXPERIMENT is a sweep or run in the storage folder, the path of one, or an MLflow experiment.
+    """
+    from orchestrator.compare import compare as compare_trials
+    from orchestrator.compare import render, rich_tables
+    from orchestrator.trials import CompareError
+
+    try:
+        comparison = compare_trials(_trials_of(experiment, settings), metric, mode)
+    except CompareError as error:
+        raise ConfigError(str(error)) from error
+    if form == "table" and output is None and sys.stdout.isatty():
+        from rich.console import Console
+
+        Console().print(*rich_tables(comparison))
+        return
+    if form == "html":
+        from orchestrator.report import render_report
+
+        text = render_report(comparison, title=experiment)
+    else:
+        text = render(comparison, form)
+    if output is None:
+        click.echo(text, nl=False)
+        return
+    try:
+        Path(output).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--output {output}: cannot be written: {error.strerror}") from error
+
+
+@cli.command()
+def recipes() -> None:
+    """List the recipes."""
+    from orchestrator.catalog import recipes as all_recipes
+    from orchestrator.catalog import summary
+
+    _list({name: summary(recipe) for name, recipe in all_recipes().items()})
+
+
+@cli.command()
+def sweeps() -> None:
+    """List the built-in sweeps."""
+    from orchestrator.catalog import summary, sweep_module, sweep_names
+
+    _list({name: summary(sweep_module(name)) for name in sweep_names()})
+
+
+def _list(lines: dict[str, str]) -> None:
+    width = max(map(len, lines))
+    for name, text in lines.items():
+        click.echo(f"{name:<{width}}  {text}")
+
+
+def _name_and_changes(
+    name: str | None, settings: Sequence[str], config_file: str | None
+) -> tuple[str | None, dict[str, Any]]:
+    """The recipe or sweep, unless a setting stands in its place, and the changes of file and command line together."""
+    from orchestrator.config_file import load_file
+    from orchestrator.overrides import merge_changes, parse_assignments
+
+    if name is not None and "=" in name:
+        settings = [name, *settings]
+        name = None
+    of_file = load_file(config_file) if config_file is not None else {}
+    return name, merge_changes(of_file, parse_assignments(settings))
+
+
+def _define_sweep(
+    name: str, changes: dict[str, Any], vary: Sequence[str], seeds: int | None, base: str | None
+) -> Sweep:
+    """The sweep that the command line asks for."""
+    from orchestrator.catalog import load_recipe
+    from orchestrator.sweep import load_sweep, parse_vary, with_settings, with_vary
+
+    if seeds is not None and "sweep.seeds" in changes:
+        raise ConfigError(f"sweep.seeds: given twice, as --seeds {seeds} and {changes['sweep.seeds']}")
+    defined = load_sweep(name)
+    if base is not None:
+        load_recipe(base)
+        defined = dataclasses.replace(defined, base=base)
+    defined = with_settings(with_vary(defined, parse_vary(vary)), changes)
+    if seeds is not None:
+        defined = dataclasses.replace(defined, seeds=seeds)
+    if not defined.space and defined.seeds == 1:
+        raise ConfigError(f"{name}: varies nothing; give --vary KEY=V1,V2 or --seeds N, or use `pretrain`")
+    return defined
+
+
+def _resume_sweep(name: str, given: str | None, changes: dict[str, Any]) -> None:
+    from orchestrator.records import SWEEP_FILE
+    from orchestrator.runs import find_folder
+    from orchestrator.sweep import load_sweep
+
+    changes, storage = _resume_changes(changes)
+    begun = json.loads((find_folder(name, storage, "sweep") / SWEEP_FILE).read_text())["sweep"]
+    if given is not None and load_sweep(given).name != begun:
+        raise ConfigError(f"--resume {name}: is a run of the sweep {begun!r}, not of {given!r}")
+    from orchestrator.run_sweep import resume_sweep
+
+    _report_failures(resume_sweep(name, changes, storage=storage).failed)
+
+
+def _resume_run(run: str, recipe: str | None, changes: dict[str, Any]) -> None:
+    from orchestrator.records import RunRecord
+    from orchestrator.runs import find_folder
+
+    changes, storage = _resume_changes(changes)
+    begun = RunRecord.read(find_folder(run, storage, "run")).recipe
+    if recipe is not None and recipe != begun:
+        raise ConfigError(f"--resume {run}: is a run of the recipe {begun!r}, not of {recipe!r}")
+    from orchestrator.pretrain import resume
+
+    resume(run, changes, storage=storage)
+
+
+def _resume_changes(changes: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """The changes with their types, and the storage in which to look."""
+    from orchestrator.config import RunConfig
+    from orchestrator.overrides import check_values, config_keys
+
+    typed, problems = check_values(config_keys(), changes)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return typed, typed.get("cluster.storage", RunConfig().cluster.storage)
+
+
+def _refuse_with_resume(options: dict[str, Any]) -> None:
+    wrong = [name for name, value in options.items() if value]
+    if wrong:
+        raise click.UsageError(f"--resume goes on with what was begun, and cannot be combined with {wrong[0]}.")
+
+
+def _trials_of(experiment: str, settings: Sequence[str]) -> list[TrialSummary]:
+    """The trials of a folder, of a name in the storage folder, or of an MLflow experiment, looked for in this order."""
+    from orchestrator.config import RunConfig
+    from orchestrator.overrides import override, parse_assignments
+    from orchestrator.trials import load_from_disk, load_from_mlflow
+
+    config = override(RunConfig(), parse_assignments(settings))
+    for folder in (Path(experiment), Path(config.cluster.storage) / experiment):
+        if folder.is_dir():
+            return load_from_disk(folder)
+    return load_from_mlflow(experiment, config.tracking.uri)
+
+
+def _report_failures(failed: Mapping[str, str]) -> None:
+    """Raise RunFailed if trials failed."""
+    if failed:
+        reasons = "\n".join(f"{trial}: {reason}" for trial, reason in failed.items())
+        raise RunFailed(f"{len(failed)} {'trial' if len(failed) == 1 else 'trials'} failed\n{reasons}")
+
+
+def _complain(message: str) -> None:
+    first, *rest = message.splitlines()
+    click.echo(f"error: {first}", err=True)
+    for line in rest:
+        click.echo(f"       {line}", err=True)
+
+
+def _hint_at_setting(error: click.UsageError) -> None:
+    """Say how settings are given where one was written like an option."""
+    if isinstance(error, click.NoSuchOption) and "." in error.option_name:
+        click.echo(f"Settings have no dashes: {error.option_name.lstrip('-')}=VALUE", err=True)

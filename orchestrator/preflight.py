@@ -1,0 +1,108 @@
+"""What can be known to fail before anything starts, from names and sizes alone: no torch, no ray, no data."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from dino_core.backbone_names import backbone_modules, check_backbone_name
+from dino_core.config import ConfigError
+from dino_core.schedules import build_schedules
+from orchestrator.config import DataConfig, RunConfig
+from orchestrator.ray_cluster import Capacity, check_fits_before_start
+
+if TYPE_CHECKING:
+    from orchestrator.data.split import Source
+
+logger = logging.getLogger(__name__)
+
+_VIT_MODULES = frozenset({"vision_transformer", "deit"})
+_VIT_SIZES = ("patch_size", "embed_dim", "depth", "num_heads")
+
+
+def model_problems(config: RunConfig) -> list[str]:
+    """A line for each thing that the backbone, its crops and the workers cannot do together."""
+    model, crops = config.pretrain.model, config.pretrain.crops
+    try:
+        check_backbone_name(model.backbone)
+    except ConfigError as error:
+        return [str(error)]
+    problems = []
+    sizes = {name: getattr(model, name) for name in _VIT_SIZES if getattr(model, name) is not None}
+    if backbone_modules()[model.backbone] in _VIT_MODULES:
+        named = re.search(r"patch(\d+)", model.backbone)
+        patch = model.patch_size or (int(named[1]) if named else 1)
+        for name in ("global_size", "local_size") if crops.num_local_crops else ("global_size",):
+            size = getattr(crops, name)
+            if size % patch:
+                problems.append(f"pretrain.crops.{name} = {size}: must be a multiple of the patch size {patch}")
+    else:
+        problems += [f"pretrain.model.{k} = {v}: must be none, {model.backbone} is not a ViT" for k, v in sizes.items()]
+    return problems
+
+
+def check_launcher(config: RunConfig) -> None:
+    """Raise ConfigError if a single run asks for the launcher of sweeps."""
+    if config.cluster.launcher == "trial":
+        raise ConfigError("cluster.launcher = trial: is for the trials of a sweep; must be local or train for one run")
+
+
+def check_model(config: RunConfig) -> None:
+    """Raise ConfigError with all of `model_problems`."""
+    problems = model_problems(config)
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def open_sources(configs: Iterable[RunConfig]) -> dict[DataConfig, Source]:
+    """The sources of all runs, after checking that each run fits its data and, where it starts Ray here, this machine.
+
+    Raises ConfigError with the problems of all runs.
+    """
+    from orchestrator.data.sources import open_source  # imports numpy
+
+    sources: dict[DataConfig, Source] = {}
+    broken: set[DataConfig] = set()
+    problems: list[str] = []
+    notes: list[str] = []
+    for config in configs:
+        try:
+            _check_fits(config)
+            if config.data not in sources and config.data not in broken:
+                broken.add(config.data)
+                sources[config.data] = open_source(config.data)
+                broken.remove(config.data)
+            if config.data in sources:
+                notes += build_schedules(config.pretrain, sources[config.data].num_samples).notes
+        except ConfigError as error:
+            problems.append(str(error))
+    if problems:
+        raise ConfigError("\n".join(dict.fromkeys(problems)))
+    for note in dict.fromkeys(notes):
+        logger.warning(note)
+    return sources
+
+
+def _check_fits(config: RunConfig) -> None:
+    _check_storage(config.cluster.storage)
+    if config.cluster.launcher == "local":
+        if config.cluster.use_gpu and not Capacity.of_this_machine().gpus:
+            raise ConfigError("cluster.use_gpu = True: this machine has no GPU; must be false")
+        return
+    try:
+        check_fits_before_start(config)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; if another cluster is meant, name it by cluster.address") from error
+
+
+def _check_storage(storage: str) -> None:
+    """Raise ConfigError if no folder can be made there; makes none."""
+    folder = os.path.abspath(storage)
+    while not os.path.exists(folder):
+        folder = os.path.dirname(folder)
+    if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
+        reason = "cannot be written" if os.path.isdir(folder) else "is no folder"
+        raise ConfigError(f"cluster.storage = {storage}: {folder} {reason}; must be a folder, or a place for a new one")

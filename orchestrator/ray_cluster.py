@@ -1,0 +1,251 @@
+"""Ray itself: which cluster, what it can hold, and the environment that every process of ours in it needs.
+
+Ray is imported only inside functions, so that asking whether a run fits costs nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dino_core.config import ConfigError
+from orchestrator.config import ClusterConfig, Launcher, RunConfig
+from orchestrator.errors import RunFailed
+
+logger = logging.getLogger(__name__)
+
+MIN_LOCAL_CPUS = 4
+"""Logical CPUs of a Ray started here, whatever the machine has, so that data tasks never wait for the trainers."""
+
+HEAD_RESOURCE = "node:__internal_head__"
+DRIVER_RESOURCES = {HEAD_RESOURCE: 0.001}
+"""What a trial that only launches a TorchTrainer asks for. A fraction of a CPU would silently take a whole slot, and no
+resource at all is refused by Tune."""
+
+CHILD_ENV = {
+    # A report waits for the controller's next poll; at the default of 2 s a trial that logs often would crawl.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    # Run folders are given as absolute paths; a relative `data.source` must keep its meaning.
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+"""Environment of every process that Ray starts for us; set in the driver too, for what Ray reads there."""
+
+DRIVER_ENV = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the journal is the record: no CSV, JSON or TensorBoard copies
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    # Not every report holds the sweep's metric: k-NN comes less often than the loss.
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    "RAY_AIR_NEW_OUTPUT": "0",  # the new output prints a banner at any verbosity
+}
+
+
+def resolve_launcher(cluster: ClusterConfig, *, in_sweep: bool) -> Launcher:
+    """`cluster.launcher`, or its default: one-worker trials of a sweep train in their own actor, all else in a
+    TorchTrainer."""
+    if cluster.launcher is not None:
+        return cluster.launcher
+    return "trial" if in_sweep and cluster.num_workers == 1 else "train"
+
+
+def cluster_address(cluster: ClusterConfig) -> str | None:
+    """The existing cluster to use, or None to start one here."""
+    return cluster.address or os.environ.get("RAY_ADDRESS") or None
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """The most that a cluster can ever hold (with an autoscaler, after growing)."""
+
+    cpus: float
+    gpus: float
+
+    @classmethod
+    def of_this_machine(cls) -> Capacity:
+        """What a Ray started here would have."""
+        return cls(cpus=max(MIN_LOCAL_CPUS, len(os.sched_getaffinity(0))), gpus=_local_gpus())
+
+    @classmethod
+    def of_connected_cluster(cls) -> Capacity:
+        import ray
+        from ray._private.state import state
+
+        now = ray.cluster_resources()
+        # The autoscaler's limits have no public call; without an autoscaler there are none.
+        limits = state.get_max_resources_from_cluster_config() or {}
+        return cls(cpus=max(now.get("CPU", 0), limits.get("CPU", 0)), gpus=max(now.get("GPU", 0), limits.get("GPU", 0)))
+
+
+def _local_gpus() -> int:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([device for device in visible.split(",") if device.strip() not in ("", "-1")])
+    return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What one run asks for at once."""
+
+    workers: int
+    cpus: int
+    """All training processes together."""
+    gpus: int
+    data_cpus: int
+
+    @classmethod
+    def of(cls, config: RunConfig) -> Demand:
+        cluster = config.cluster
+        return cls(
+            workers=cluster.num_workers,
+            cpus=cluster.num_workers * cluster.cpus_per_worker,
+            gpus=cluster.num_workers if cluster.use_gpu else 0,
+            data_cpus=cluster.data_cpus,
+        )
+
+
+def check_fits(config: RunConfig, capacity: Capacity, where: str) -> None:
+    """Raise `ConfigError` if `capacity` can never hold one run.
+
+    One CPU is kept for the data tasks: when the workers hold them all, Ray Data waits for ever without an error.
+    """
+    demand = Demand.of(config)
+    if demand.gpus > capacity.gpus:
+        raise ConfigError(
+            f"cluster.num_workers = {demand.workers} with cluster.use_gpu = True: "
+            f"needs {demand.gpus} GPUs, but {where} has at most {capacity.gpus:g}"
+        )
+    if demand.cpus + 1 > capacity.cpus:
+        raise ConfigError(
+            f"cluster.num_workers = {demand.workers} with cluster.cpus_per_worker = {config.cluster.cpus_per_worker}: "
+            f"needs {demand.cpus} CPUs and one more for the data, but {where} has at most {capacity.cpus:g}"
+        )
+
+
+def plan_concurrency(config: RunConfig, capacity: Capacity, num_trials: int) -> int:
+    """Trials that run at once: as many as fit with their data tasks, at most `cluster.max_concurrent_trials`, at
+    least 1."""
+    demand = Demand.of(config)
+    fitting = int(capacity.cpus // (demand.cpus + demand.data_cpus))
+    if demand.gpus:
+        fitting = min(fitting, int(capacity.gpus // demand.gpus))
+    fitting = max(1, min(fitting, num_trials))
+    wanted = config.cluster.max_concurrent_trials
+    if wanted is None:
+        return fitting
+    if wanted > fitting:
+        logger.warning(
+            "cluster.max_concurrent_trials = %d, but only %d trials fit at once; running %d", wanted, fitting, fitting
+        )
+    return min(wanted, fitting)
+
+
+def check_fits_before_start(config: RunConfig) -> None:
+    """`check_fits` against this machine when no cluster is named; a named cluster is asked once connected."""
+    if cluster_address(config.cluster) is None:
+        check_fits(config, Capacity.of_this_machine(), "this machine")
+
+
+def _set_up_process() -> Callable[[], None]:
+    """What runs in every Ray process of ours before anything else: name the cluster that it belongs to.
+
+    Ray Train's placement-group cleaner asks the dashboard of whatever cluster it finds; with two clusters on a machine
+    it would find none, or the wrong one, and leave the placement groups of stopped trials behind.
+    """
+
+    def set_up() -> None:  # not at the module's top: there it would be sent by name, and not every process has us
+        import os
+
+        import ray
+
+        os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+
+    return set_up
+
+
+def connect(config: RunConfig, *, dashboard: bool) -> Capacity:
+    """Connect to the cluster that `config` names, or start one here; `disconnect` ends either.
+
+    Args:
+        config: A run whose `cluster` part says which cluster, and which must fit.
+        dashboard: Start the dashboard of a local Ray; trials that are TorchTrainers need it to be cleaned up after.
+
+    Raises:
+        ConfigError: The cluster can never hold the run.
+        RunFailed: Ray did not start, or the named cluster could not be reached.
+    """
+    for name, value in {**CHILD_ENV, **DRIVER_ENV}.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    for name in ("ray.tune", "ray.train", "ray.data"):  # our table replaces their progress talk
+        logging.getLogger(name).setLevel(logging.ERROR)
+    address = cluster_address(config.cluster)
+    runtime_env: dict[str, Any] = {"env_vars": _child_env(), "worker_process_setup_hook": _set_up_process()}
+    common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "runtime_env": runtime_env}
+    if address is None:
+        capacity = Capacity.of_this_machine()
+        _start_local(num_cpus=int(capacity.cpus), include_dashboard=dashboard, **common)
+    else:
+        try:
+            ray.init(address=address, **common)
+        except (ConnectionError, ValueError) as error:
+            raise RunFailed(f"no connection to the Ray cluster {address}: {error}") from error
+        capacity = Capacity.of_connected_cluster()
+    check_fits(config, capacity, "this machine" if address is None else f"the cluster {address}")
+    return capacity
+
+
+def disconnect() -> None:
+    """End the connection, and the cluster if it was started here. Does nothing where there is none."""
+    if "ray" in sys.modules:
+        sys.modules["ray"].shutdown()
+
+
+def _start_local(**options: Any) -> None:
+    """`ray.init` of a new cluster, up to three times: on a busy machine the node misses Ray's fixed limit of 30 s.
+
+    What a failed try leaves behind ends with this process, at the latest.
+    """
+    import ray
+
+    for tries_left in (2, 1, 0):
+        try:
+            ray.init(address="local", **options)
+            return
+        except Exception as error:  # Ray raises the bare class here
+            if "timed out during startup" not in str(error):
+                raise
+            ray.shutdown()
+            load = os.getloadavg()[0]
+            if not tries_left:
+                raise RunFailed(f"Ray did not start on this machine in three tries (load {load:.1f})") from error
+            logger.warning("Ray did not start within 30 s (load %.1f); trying again", load)
+
+
+def _child_env() -> dict[str, str]:
+    """`CHILD_ENV` less what the submitted job already sets: Ray refuses a variable that is set twice."""
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
+    already = (job.get("runtime_env") or {}).get("env_vars") or {}
+    return {name: value for name, value in CHILD_ENV.items() if name not in already}
+
+
+def describe_resources() -> str:
+    """What the connected cluster has free and who waits, for the message of a stalled run."""
+    import ray
+    from ray.util import placement_group_table
+
+    if not ray.is_initialized():
+        return "Ray has not started yet"
+    free: Mapping[str, float] = ray.available_resources()
+    total: Mapping[str, float] = ray.cluster_resources()
+    waiting = [group for group in placement_group_table().values() if group["state"] == "PENDING"]
+    parts = [f"{name} {free.get(name, 0):g} of {total[name]:g} free" for name in ("CPU", "GPU") if name in total]
+    return f"{', '.join(parts)}; {len(waiting)} placement groups waiting"

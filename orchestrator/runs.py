@@ -1,0 +1,158 @@
+"""Run folders: their names, what is written into them before a run starts, and finding them again."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import secrets
+import shlex
+import subprocess
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dino_core.config import ConfigError
+from dino_core.schedules import build_schedules
+from orchestrator.config import RunConfig
+from orchestrator.overrides import flatten, override
+from orchestrator.records import RUN_FILE, SWEEP_FILE, RunRecord
+
+if TYPE_CHECKING:
+    from orchestrator.data.sources import Source
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+def check_name(name: str) -> str:
+    """The name, if it can be a folder's.
+
+    Raises:
+        ConfigError: It has other characters than letters, digits, '.', '_' and '-', or is too long.
+    """
+    if not _NAME.fullmatch(name):
+        raise ConfigError(f"name {name!r}: must be 1 to 100 letters, digits, '.', '_' or '-', and open with no mark")
+    return name
+
+
+def new_name(prefix: str) -> str:
+    """A name that no earlier run has: the recipe or sweep, the time, and four random digits."""
+    return check_name(f"{prefix[:60]}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}")
+
+
+def find_folder(name: str, storage: str, kind: str) -> Path:
+    """The folder of an earlier run or sweep, by its name in `storage` or by its path.
+
+    Args:
+        name: As printed when it began, or a path to the folder.
+        storage: `cluster.storage`.
+        kind: "run" or "sweep".
+
+    Raises:
+        ConfigError: There is none; names the nearest.
+    """
+    marker = SWEEP_FILE if kind == "sweep" else RUN_FILE
+    for folder in (Path(storage) / name, Path(name)):
+        if (folder / marker).exists():
+            return folder.resolve()
+    there = sorted(path.parent.name for path in Path(storage).glob(f"*/{marker}"))
+    near = difflib.get_close_matches(name, there, n=1, cutoff=0.4)
+    hint = f"; did you mean {near[0]}?" if near else f"; there are {len(there)} in {storage}"
+    raise ConfigError(f"no {kind} {name!r} in {storage}{hint}")
+
+
+def prepare_run(
+    config: RunConfig,
+    source: Source,
+    *,
+    run_id: str,
+    recipe: str,
+    experiment: str,
+    data_digest: str,
+    commit: str | None,
+    changes: Mapping[str, Any] | None = None,
+    sweep: str | None = None,
+) -> RunRecord:
+    """The record of a run that is to start. Computes what follows from the configuration and the data.
+
+    Args:
+        data_digest: `source.digest()`, which may have to look at every file, so that trials share one.
+        commit: `git_commit()`.
+
+    Raises:
+        ConfigError: The run has no step.
+    """
+    schedules = build_schedules(config.pretrain, len(source.train))
+    derived = {
+        "total_steps": schedules.total_steps,
+        "steps_per_epoch": schedules.steps_per_epoch,
+        "peak_lr": schedules.peak_lr,
+        "num_samples": len(source.train),
+        "batch_size_per_worker": config.pretrain.batch_size // config.cluster.num_workers,
+    }
+    return RunRecord(
+        run_id=run_id,
+        experiment=experiment,
+        recipe=recipe,
+        seed=config.pretrain.seed,
+        config=flatten(with_absolute_paths(config)),
+        changes=dict(changes or {}),
+        derived={name: float(value) for name, value in derived.items()},
+        sweep=sweep,
+        git_commit=commit,
+        data_digest=data_digest,
+    )
+
+
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """The same run, wherever its processes stand: relative paths are taken from here."""
+    from orchestrator.data.sources import DIGITS  # imports numpy
+
+    storage = str(Path(config.cluster.storage).resolve())
+    source = config.data.source
+    if source != DIGITS and Path(source).exists():
+        source = str(Path(source).resolve())
+    return override(config, {"cluster.storage": storage, "data.source": source})
+
+
+def resumed_record(record: RunRecord, changes: Mapping[str, Any]) -> RunRecord:
+    """The record of a run that goes on, with another cluster or tracking if wished.
+
+    Raises:
+        ConfigError: A change would alter what is computed.
+    """
+    fixed = [key for key in changes if key.split(".")[0] not in ("cluster", "tracking")]
+    if fixed:
+        raise ConfigError(f"{fixed[0]}: a resumed run computes what it began; only cluster.* and tracking.* can change")
+    config = override(override(RunConfig(), record.config), changes)
+    return replace(record, config=flatten(with_absolute_paths(config)))
+
+
+def check_same_images(record: RunRecord, data_digest: str) -> None:
+    """Raise ConfigError if the source is not what it was when the run began."""
+    if data_digest != record.data_digest:
+        raise ConfigError(
+            f"data.source = {record.config['data.source']}: other images than when {record.run_id} began; "
+            "a resumed run computes what it began"
+        )
+
+
+def resume_command(kind: str, folder: Path) -> str:
+    """What to type to go on with an interrupted run or sweep."""
+    command = "sweep" if kind == "sweep" else "pretrain"
+    words = ["python", "-m", "orchestrator", command, "--resume", folder.name]
+    storage, here = folder.parent, Path.cwd()
+    if storage != here / "runs":
+        words.append(f"cluster.storage={storage.relative_to(here) if storage.is_relative_to(here) else storage}")
+    return shlex.join(words)
+
+
+def git_commit() -> str | None:
+    """The commit of the working directory, with "-dirty" behind it if files differ; None outside a repository."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None

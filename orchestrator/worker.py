@@ -1,0 +1,163 @@
+"""What trains: the same function in every launcher, once per worker.
+
+A worker reads what to do from its run folder, builds the state (from the newest checkpoint if there is one), streams
+its rows of the global batches, and leaves metrics in the run's journal. Only rank 0 writes. Modules that import torch
+are imported inside the functions: Tune loads this module in processes that never train.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Generator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dino_core.config import ConfigError
+from orchestrator.config import Launcher, RunConfig
+from orchestrator.errors import RunFailed
+from orchestrator.overrides import override
+from orchestrator.records import CHECKPOINTS_DIR, RUN_FILE, Journal, RunRecord, write_json
+
+if TYPE_CHECKING:
+    from dino_core.crops import MultiCrop
+    from dino_core.train import TrainState
+    from orchestrator.data.split import Split
+    from orchestrator.data.stream import Batch
+
+FAILURE_FILE = "failure.json"
+"""Why a run cannot succeed however often it is tried. The driver removes it before it starts the run anew."""
+
+Report = Callable[[dict[str, float]], None]
+"""Takes the newest value of every metric, with `step`. Called by every rank at the same steps."""
+
+
+def read_failure(run_dir: Path) -> str | None:
+    """The reason that the last attempt left, or None."""
+    path = run_dir / FAILURE_FILE
+    return str(json.loads(path.read_text())["reason"]) if path.exists() else None
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a worker stands."""
+
+    launcher: Launcher
+    device: str
+    rank: int = 0
+    world: int = 1
+
+
+def run_worker(run_dir: Path, place: Place, report: Report) -> None:
+    """Train one run as one of its workers; the process group, if there are several, is there already.
+
+    A failure that another attempt would only repeat (numbers that are not finite, too many unreadable images, no memory
+    or disk space, a configuration that does not fit) is left in the run's failure file, where later attempts and the
+    driver find it.
+
+    Raises:
+        FileNotFoundError: The run folder is not visible on this machine.
+        Exception: With several workers, any failure: the others may wait for this one, and the launcher must end them.
+    """
+    import torch
+
+    from dino_core.checkpoint import CheckpointError
+    from dino_core.train import NonFiniteLossError
+    from orchestrator.data.stream import TooManyBadSamples
+
+    if not (run_dir / RUN_FILE).exists():
+        raise FileNotFoundError(
+            f"{run_dir}: not visible on this machine; cluster.storage must be a folder that all machines share"
+        )
+    if read_failure(run_dir) is not None:
+        return
+    config = override(RunConfig(), RunRecord.read(run_dir).config)
+    torch.set_num_threads(config.cluster.cpus_per_worker)
+    try:
+        _train(run_dir, config, place, report)
+    except (
+        *(ConfigError, RunFailed, NonFiniteLossError, CheckpointError),
+        *(TooManyBadSamples, torch.OutOfMemoryError),
+    ) as error:
+        write_json(run_dir / FAILURE_FILE, {"reason": f"{type(error).__name__}: {error}"})
+        if place.world > 1:
+            raise
+
+
+def _train(run_dir: Path, config: RunConfig, place: Place, report: Report) -> None:
+    from dino_core.checkpoint import latest_checkpoint, load_checkpoint, prune_checkpoints, save_checkpoint
+    from dino_core.crops import MultiCrop
+    from dino_core.train import TrainState, train
+    from orchestrator.data.bad_samples import BadSampleLog
+    from orchestrator.data.sources import open_source
+    from orchestrator.evaluation import make_evaluate
+
+    pretrain = config.pretrain
+    source = open_source(config.data)
+    state = TrainState.create(pretrain, len(source.train), place.device)
+    checkpoints = run_dir / CHECKPOINTS_DIR
+    newest = _same_on_all_ranks(latest_checkpoint(checkpoints) if place.rank == 0 else None, place)
+    if newest is not None:
+        load_checkpoint(state, newest)
+    crops = MultiCrop(pretrain.crops, pretrain.seed)
+    bad = BadSampleLog(run_dir, source.train, config.data)
+    journal = Journal(run_dir) if place.rank == 0 else None
+    latest: dict[str, float] = {}
+
+    def on_log(step: int, metrics: dict[str, float]) -> None:
+        num_bad = bad.check()
+        if num_bad:
+            metrics = {**metrics, "data/unreadable_images": num_bad}
+        if journal is not None:
+            journal.log(step, metrics)
+        latest.update(metrics)
+        report({**latest, "step": step, "total_steps": state.schedules.total_steps})
+
+    def on_checkpoint(state: TrainState) -> None:
+        save_checkpoint(state, checkpoints)
+        if place.rank == 0:
+            prune_checkpoints(checkpoints, config.cluster.keep_checkpoints)
+
+    try:
+        with closing(_batches(config, source.train, crops, state, place)) as batches:
+            finished = (crops.finish(bad.note(batch), place.device) for batch in batches)
+            evaluate = make_evaluate(config, source)
+            train(state, finished, on_log=on_log, on_checkpoint=on_checkpoint, evaluate=evaluate)
+            if evaluate is None:  # else the last evaluation told that the run is complete
+                report({**latest, "step": state.step, "total_steps": state.schedules.total_steps})
+    finally:
+        if journal is not None:
+            journal.close()
+
+
+def _same_on_all_ranks(path: Path | None, place: Place) -> Path | None:
+    """Rank 0's path: on a shared file system a machine may see a new or deleted checkpoint later than another."""
+    if place.world == 1:
+        return path
+    import torch.distributed as dist
+
+    paths = [path]
+    dist.broadcast_object_list(paths)
+    return paths[0]
+
+
+def _batches(config: RunConfig, split: Split, crops: MultiCrop, state: TrainState, place: Place) -> Generator[Batch]:
+    """This worker's rows of every global batch from the state's step on; by Ray Data wherever there is Ray."""
+    from orchestrator.data.plan import IndexPlan
+    from orchestrator.data.stream import Batches, local_batches, ray_batches
+
+    batches = Batches(
+        split=split,
+        crops=crops,
+        plan=IndexPlan(len(split), config.pretrain.seed, config.pretrain.batch_size),
+        max_pixels=config.data.max_pixels,
+        start_step=state.step,
+        stop_step=state.schedules.total_steps,
+        rank=place.rank,
+        world_size=place.world,
+    )
+    share = max(1, config.cluster.data_cpus // place.world)
+    if place.launcher == "local":
+        return local_batches(batches, num_threads=share)
+    return ray_batches(batches, data_cpus=share)
