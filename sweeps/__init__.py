@@ -1,0 +1,1 @@
+"""What to run: recipes (complete configurations) and sweeps (grids of changes of one). Values only."""

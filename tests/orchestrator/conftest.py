@@ -1,0 +1,73 @@
+"""A real Ray cluster for the tests that need one, started once per module."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from orchestrator.ray_cluster import CHILD_ENV
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@dataclass(frozen=True)
+class Head:
+    """A Ray head node with a dashboard."""
+
+    address: str
+    """Of its GCS, host:port."""
+    dashboard: str
+    """http://host:port, for jobs."""
+
+
+@pytest.fixture(scope="module")
+def ray_head() -> Iterator[Head]:
+    """A head with 8 logical CPUs, as a user would start one by `ray start --head`."""
+    ray = str(Path(sys.executable).with_name("ray"))
+    port, dashboard = free_port(), free_port()
+    # Unix sockets live below this folder and their paths are limited to 107 characters.
+    temporary = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
+    # Jobs that are submitted to the head find the `python` of these tests.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | CHILD_ENV | {"PATH": path}
+    command = [ray, "start", "--head", f"--port={port}", "--num-cpus=8", "--include-dashboard=true"]
+    # Agents of a Ray that has just ended hold the default ports for a while; a head without its agent runs no job.
+    command += [f"--dashboard-agent-listen-port={free_port()}", f"--metrics-export-port={free_port()}"]
+    command += [f"--dashboard-agent-grpc-port={free_port()}"]
+    command += [f"--dashboard-port={dashboard}", f"--temp-dir={temporary}", "--object-store-memory=500000000"]
+    command += ["--disable-usage-stats", "--block"]
+    with open(f"{temporary}/head.log", "wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+    try:
+        _wait_for_head(process, dashboard, Path(temporary))
+        yield Head(f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}")
+    finally:
+        process.terminate()
+        process.wait(60)
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _wait_for_head(process: subprocess.Popen[bytes], dashboard: int, temporary: Path) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{dashboard}/api/version", timeout=5):
+                return
+        except OSError:
+            time.sleep(0.5)
+    raise AssertionError((temporary / "head.log").read_text())

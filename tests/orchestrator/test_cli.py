@@ -1,0 +1,361 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from click.shell_completion import ShellComplete
+
+from orchestrator import cli, records
+from orchestrator.errors import RunFailed
+from orchestrator.overrides import flatten, override
+from orchestrator.records import RunRecord
+from sweeps.recipes import quickstart
+
+ROOT = Path(__file__).resolve().parents[2]
+HEAVY = ("torch", "torchvision", "timm", "ray", "mlflow", "pandas", "sklearn")
+
+Q, SQ = ["pretrain", "quickstart"], ["sweep", "quickstart"]
+BAD_INPUT = [
+    (["pretran"], "No such command 'pretran'. Did you mean 'pretrain'?"),
+    (["pretrain"], "Missing argument 'RECIPE'"),
+    (["pretrain", "pretrain.seed=1"], "Missing argument 'RECIPE'"),
+    ([*Q, "--dry"], "No such option '--dry'. Did you mean '--dry-run'?"),
+    ([*Q, "--pretrain.seed=3"], "Settings have no dashes: pretrain.seed=VALUE"),
+    ([*Q, "pretrain.seed"], "error: pretrain.seed: settings are given as key=value"),
+    ([*Q, "pretrain.sed=1"], "error: pretrain.sed: unknown key; did you mean pretrain.seed?"),
+    ([*Q, "pretrain.seed=1", "pretrain.seed=2"], "error: pretrain.seed: given twice, as 1 and 2"),
+    ([*Q, "pretrain.teacher.temp=warm"], "error: pretrain.teacher.temp = warm: must be a number > 0"),
+    ([*Q, "pretrain.teacher.temp=0"], "error: pretrain.teacher.temp = 0: must be a number > 0"),
+    ([*Q, "pretrain.teacher.momentum=1.5"], "error: pretrain.teacher.momentum = 1.5: must be a number >= 0 and <= 1"),
+    ([*Q, "pretrain.crops.num_local_crops=-1"], "error: pretrain.crops.num_local_crops = -1: must be a whole number"),
+    ([*Q, "cluster.num_workers=3"], "error: pretrain.batch_size = 64: must be a multiple of cluster.num_workers = 3"),
+    ([*Q, "pretrain.model.backbone=resnet5"], "timm has no model of this name; did you mean resnet50"),
+    (
+        [*Q, "pretrain.crops.local_size=9"],
+        "error: pretrain.crops.local_size = 9: must be a multiple of the patch size 4",
+    ),
+    ([*Q, "data.source=nowhere"], "error: data.source = nowhere: no such file or folder"),
+    ([*Q, "data.source=nowhere", "--dry-run"], "error: data.source = nowhere: no such file or folder"),
+    ([*Q, "data.source=EMPTY"], "error: data.source = EMPTY: "),
+    ([*Q, "data.source=EMPTY", "--dry-run"], "error: data.source = EMPTY: "),
+    ([*Q, "cluster.num_workers=64"], "error: cluster.num_workers = 64"),
+    ([*SQ, "data.source=nowhere"], "error: data.source = nowhere: no such file or folder"),
+    ([*SQ, "cluster.num_workers=64"], "error: cluster.num_workers = 64"),
+    ([*SQ, "data.source=EMPTY"], "error: data.source = EMPTY: "),
+    ([*Q, "cluster.num_workers=64", "--dry-run"], "error: cluster.num_workers = 64"),
+    ([*Q, "cluster.launcher=trial"], "error: cluster.launcher = trial: is for the trials of a sweep"),
+    ([*Q, "--config", "nowhere.yaml"], "error: nowhere.yaml: cannot be read: No such file or directory"),
+    ([*Q, "--local", "cluster.launcher=train"], "error: cluster.launcher = train: must be local with --local"),
+    ([*Q, "sweep.seeds=3"], "error: sweep.seeds: unknown key"),
+    (["pretrain", "quikstart"], "error: unknown recipe 'quikstart'; did you mean quickstart?"),
+    (["pretrain", "--resume", "nowhere"], "error: no run 'nowhere' in"),
+    (["pretrain", "--resume", "nowhere", "--dry-run"], "cannot be combined with --dry-run"),
+    (["sweep", "temprature"], "error: unknown sweep 'temprature'; did you mean temperature?"),
+    (["sweep", "nowhere.yaml"], "error: nowhere.yaml: cannot be read: No such file or directory"),
+    (["sweep", "nowhere.py"], "error: nowhere.py: cannot be read: No such file or directory"),
+    (["sweep", "cifar10_tiny"], "error: cifar10_tiny: varies nothing; give --vary"),
+    ([*SQ, "--base", "dino_vit"], "error: unknown recipe 'dino_vit'; did you mean dino_vits16?"),
+    ([*SQ, "--seeds", "0"], "Invalid value for '--seeds'"),
+    ([*SQ, "--seeds", "2", "sweep.seeds=3"], "error: sweep.seeds: given twice"),
+    ([*SQ, "sweep.scheduler=ash"], "error: sweep.scheduler = ash: must be one of none, asha; did you mean asha?"),
+    ([*SQ, "pretrain.teacher.temp=0.1"], "the sweep varies pretrain.teacher.temp; choose its values by --vary"),
+    ([*SQ, "--vary", "pretrain.optim.lr=1e-3,0"], "error: pretrain.optim.lr = 0: must be a number > 0"),
+    ([*SQ, "--vary", "pretrain.optim.lr"], "error: --vary pretrain.optim.lr: must be key=value,value,..."),
+    ([*SQ, "data.source=nowhere", "--dry-run"], "error: data.source = nowhere: no such file or folder"),
+    (["sweep", "--resume", "nowhere"], "error: no sweep 'nowhere' in"),
+    (["sweep", "--resume", "nowhere", "--seeds", "2"], "cannot be combined with --seeds"),
+    (["compare", "nowhere", "tracking.uri=sqlite:///nowhere.db"], "error: sqlite:///nowhere.db: no MLflow store"),
+    (["compare", "nowhere", "--format", "pdf"], "Invalid value for '--format'"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test runs in a folder of its own, with an empty folder EMPTY."""
+    (tmp_path / "EMPTY").mkdir()
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_INPUT, ids=[" ".join(a) for a, _ in BAD_INPUT])
+def test_bad_input_is_one_message_and_exit_code_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert cli.main(arguments) == 2
+    output = capsys.readouterr()
+    assert message in output.err
+    assert output.out == ""
+    assert len(output.err.splitlines()) <= 6  # click adds how to use the command
+    assert [path.name for path in tmp_path.iterdir()] == ["EMPTY"]  # nothing was started or written
+
+
+def test_all_problems_are_in_one_message(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*Q, "pretrain.teacher.temp=0", "pretrain.lr=1"]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "error: pretrain.teacher.temp = 0: must be a number > 0",
+        "       pretrain.lr: unknown key; did you mean pretrain.optim.lr?",
+    ]
+
+
+def run(*arguments: str, code: str | None = None) -> subprocess.CompletedProcess[str]:
+    """The command line in a process of its own."""
+    start = ["-m", "orchestrator"] if code is None else ["-c", code]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, *start, *arguments], capture_output=True, text=True, timeout=120, env=environment, check=False
+    )
+
+
+def test_help_and_bad_input_answer_at_once() -> None:
+    run("--help")  # once to fill the caches of a fresh checkout
+    seconds = []
+    for arguments, code in ((["--help"], 0), ([*SQ, "pretrain.teacher.temp=0"], 2)):
+        begin = time.monotonic()
+        done = run(*arguments)
+        seconds.append(time.monotonic() - begin)
+        assert done.returncode == code
+        assert "Traceback" not in done.stderr
+    # Without torch, ray and mlflow it is 0.2 to 0.6 s on an idle machine, with one of them several; see the next test.
+    assert min(seconds) < 1.5
+    assert max(seconds) < 10
+
+
+def test_no_bad_input_imports_anything_heavy() -> None:
+    code = f"""
+import contextlib, io, sys
+from orchestrator.cli import main
+sys.argv = ["dino"]
+for arguments in {[arguments for arguments, _ in BAD_INPUT]}:
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+        main(arguments)
+        main([*arguments, "--help"])
+    heavy = [name for name in {HEAVY} if name in sys.modules]
+    assert not heavy, (arguments, heavy)
+for arguments in (["--help"], ["recipes"], ["sweeps"]):
+    assert main(arguments) == 0
+assert not [name for name in {HEAVY} if name in sys.modules]
+"""
+    done = run(code=code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_help_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    for word in ("pretrain", "sweep", "compare", "recipes", "sweeps", "_DINO_COMPLETE", "130"):
+        assert word in text
+    assert "..." not in text.split("Commands:")[1].split("Settings")[0]  # no summary is cut short
+
+
+def test_recipes_and_sweeps_are_listed_one_line_each(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["recipes"]) == 0
+    assert cli.main(["sweeps"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == [
+        *("quickstart", "cifar10_tiny", "dino_vits16", "dino_resnet50"),
+        *("crops", "momentum", "quickstart", "temperature"),
+    ]
+
+
+# --- what reaches the run ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any, dict[str, Any]]]:
+    """What the command line would start; the modules that start it are replaced."""
+    made: list[tuple[str, Any, dict[str, Any]]] = []
+
+    def noted(name: str) -> Any:
+        def call(first: Any, *rest: Any, **named: Any) -> Any:
+            made.append((name, first, named | ({"changes": rest[0]} if rest else {})))
+            return SimpleNamespace(failed={})
+
+        return call
+
+    runs = {"orchestrator.pretrain": ("pretrain", "resume"), "orchestrator.run_sweep": ("run_sweep", "resume_sweep")}
+    for module, names in runs.items():
+        monkeypatch.setitem(sys.modules, module, SimpleNamespace(**{name: noted(name) for name in names}))
+    return made
+
+
+def test_file_then_command_line_then_run(calls: list[Any], tmp_path: Path) -> None:
+    (tmp_path / "my.yaml").write_text("pretrain: {epochs: 3, seed: 4}\npretrain.optim.lr: 1e-4\n")
+    assert cli.main([*Q, "--config", "my.yaml", "pretrain.steps=7", "--local", "pretrain.seed=5"]) == 0
+    ((name, config, named),) = calls
+    assert (name, named) == ("pretrain", {"recipe": "quickstart"})
+    assert (config.pretrain.steps, config.pretrain.epochs) == (7, None)
+    assert (config.pretrain.seed, config.pretrain.optim.lr, config.cluster.launcher) == (5, 1e-4, "local")
+
+
+def test_a_sweep_is_made_of_all_that_is_given(calls: list[Any]) -> None:
+    options = ["--vary", "pretrain.optim.lr=1e-3,1e-4", "--seeds", "3", "--base", "cifar10_tiny"]
+    assert cli.main(["sweep", "temperature", "pretrain.steps=5", *options, "sweep.metric=train/loss"]) == 0
+    ((name, sweep, _),) = calls
+    assert (name, sweep.name, sweep.recipe, sweep.seeds) == ("run_sweep", "temperature", "cifar10_tiny", 3)
+    assert sweep.metric == "train/loss"
+    assert sweep.changes == {"pretrain.teacher.warmup_temp_epochs": 0, "pretrain.steps": "5"}
+    assert list(sweep.space) == ["pretrain.teacher.temp", "pretrain.optim.lr"]
+
+
+def test_a_recipe_with_vary_is_a_sweep(calls: list[Any]) -> None:
+    assert cli.main(["sweep", "cifar10_tiny", "--vary", "pretrain.crops.global_scale=[0.4,1],[0.2,1]"]) == 0
+    assert calls[0][1].space == {"pretrain.crops.global_scale": ["[0.4,1]", "[0.2,1]"]}
+
+
+def test_resuming_needs_no_name_and_refuses_another(
+    calls: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_record = RunRecord(run_id="r1", experiment="e", recipe="quickstart", seed=0, config=flatten(quickstart()))
+    run_record.write(tmp_path / "elsewhere" / "r1")
+    storage = "cluster.storage=elsewhere"
+    assert cli.main(["pretrain", "--resume", "r1", storage, "cluster.data_cpus=3"]) == 0
+    assert cli.main([*Q, "--resume", "r1", storage, "--local"]) == 0
+    shared = {"cluster.storage": "elsewhere"}
+    assert calls == [
+        ("resume", "r1", {"storage": "elsewhere", "changes": shared | {"cluster.data_cpus": 3}}),
+        ("resume", "r1", {"storage": "elsewhere", "changes": shared | {"cluster.launcher": "local"}}),
+    ]
+    assert cli.main(["pretrain", "cifar10_tiny", "--resume", "r1", storage]) == 2
+    assert "is a run of the recipe 'quickstart', not of 'cifar10_tiny'" in capsys.readouterr().err
+
+    records.write_json(tmp_path / "runs" / "s1" / records.SWEEP_FILE, {"sweep": "quickstart"})
+    calls.clear()
+    assert cli.main(["sweep", "--resume", "s1"]) == 0
+    assert cli.main([*SQ, "--resume", "s1"]) == 0
+    assert calls == [("resume_sweep", "s1", {"storage": "./runs", "changes": {}})] * 2
+    assert cli.main(["sweep", "crops", "--resume", "s1"]) == 2
+
+
+# --- comparison -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def compared(tmp_path: Path) -> Path:
+    """A finished sweep of two trials in the storage folder."""
+    folder = tmp_path / "runs" / "s1"
+    records.write_json(folder / records.SWEEP_FILE, {"sweep": "quickstart"})
+    ledger = records.Ledger(folder)
+    for temp, accuracy in ((0.04, 90.0), (0.07, 95.0)):
+        config = flatten(override(quickstart(), {"pretrain.teacher.temp": temp}))
+        run_dir = folder / records.TRIALS_DIR / f"temp_{temp}-s0"
+        RunRecord(run_id=f"s1.{temp}", experiment="e", recipe="quickstart", seed=0, config=config).write(run_dir)
+        journal = records.Journal(run_dir)
+        journal.log(0, {"eval/knn_top1": 60.0, "train/loss": 6.9})
+        journal.log(10, {"eval/knn_top1": accuracy, "train/loss": 3.0})
+        journal.close()
+        ledger.record(f"s1.{temp}", "finished")
+    ledger.close()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("form", "start"), [("table", "Trials"), ("markdown", "**Trials"), ("csv", "rank,"), ("html", "<!doctype html>")]
+)
+def test_compare_ranks_the_trials_of_a_sweep(
+    compared: Path, form: str, start: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["compare", "s1", "--format", form]) == 0
+    text = capsys.readouterr().out
+    assert text.lower().startswith(start.lower())
+    assert text.index("temp_0.07-s0") < text.index("temp_0.04-s0")
+    assert cli.main(["compare", str(compared), "--format", form, "--output", "out", "--mode", "min"]) == 0
+    assert capsys.readouterr().out == ""
+    text = Path("out").read_text()
+    assert text.index("temp_0.04-s0") < text.index("temp_0.07-s0")
+    assert cli.main(["compare", "s1", "--output", "no/such/folder"]) == 2
+
+
+# --- how it ends ------------------------------------------------------------------------------------------------------
+
+
+def test_a_failed_run_is_exit_code_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RunFailed("r1: the loss is not finite at step 3")
+
+    monkeypatch.setitem(sys.modules, "orchestrator.pretrain", SimpleNamespace(pretrain=fail))
+    assert cli.main(Q) == 1
+    assert capsys.readouterr().err == "error: r1: the loss is not finite at step 3\n"
+
+
+def test_failed_trials_are_exit_code_1_and_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = SimpleNamespace(failed={"temp_0.04-s0": "out of memory"})
+    monkeypatch.setitem(sys.modules, "orchestrator.run_sweep", SimpleNamespace(run_sweep=lambda sweep: result))
+    assert cli.main(SQ) == 1
+    assert capsys.readouterr().err.splitlines() == [
+        "error: 1 trial failed",
+        "       temp_0.04-s0: out of memory",
+    ]
+
+
+def test_an_interrupted_run_is_exit_code_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "orchestrator.pretrain", SimpleNamespace(pretrain=interrupt))
+    assert cli.main(Q) == 130
+
+
+# --- dry run ----------------------------------------------------------------------------------------------------------
+
+
+def test_dry_run_prints_the_whole_config_and_what_it_needs(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert cli.main([*Q, "pretrain.steps=11", "cluster.num_workers=2", "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    lines = [line.split() for line in text.splitlines()]
+    for key in flatten(quickstart()):
+        assert [line for line in lines if line[:1] == [key]], key
+    assert ["pretrain.steps", "11"] in lines
+    assert "2 workers: 2 CPUs and no GPU" in text
+    assert "704, each as 2 global and 2 local crops" in text
+    assert [path.name for path in tmp_path.iterdir()] == ["EMPTY"]
+
+
+def test_dry_run_of_a_sweep_prints_its_trials(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--seeds", "2", "--vary", "pretrain.crops.num_local_crops=0,2", "pretrain.steps=10"]
+    assert cli.main([*SQ, *arguments, "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    assert "trials            16 = 8 combinations x 2 seeds" in text
+    assert "steps             10 per trial, 160 in all" in text
+    assert "images            10,240 in all" in text
+    assert "temp_0.04-momentum_0.99-num_local_crops_0-s1" in text
+    assert "pretrain.teacher.temp                    varies: 0.04, 0.07" in text
+
+
+# --- completion -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "start", "expected"),
+    [
+        (["pretrain"], "di", ["dino_vits16", "dino_resnet50"]),
+        (["pretrain", "quickstart"], "pretrain.stu", ["pretrain.student.temp="]),
+        (["sweep"], "c", ["crops", "cifar10_tiny"]),
+        (["sweep"], "my-", ["my-"]),
+        (["sweep", "quickstart"], "sweep.se", ["sweep.seeds="]),
+        (["sweep", "quickstart", "--base"], "q", ["quickstart"]),
+        (["sweep", "quickstart", "--vary"], "pretrain.optim.wa", ["pretrain.optim.warmup_epochs="]),
+        ([], "sw", ["sweep", "sweeps"]),
+    ],
+)  # fmt: skip
+def test_completion(words: list[str], start: str, expected: list[str]) -> None:
+    completion = ShellComplete(cli.cli, {}, "dino", "_DINO_COMPLETE")
+    assert [item.value for item in completion.get_completions(words, start)] == expected
+
+
+def test_completion_by_the_shell_imports_nothing_heavy() -> None:
+    code = "import sys; sys.argv = ['dino']; from orchestrator.cli import main; sys.exit(main())"
+    words = {"_DINO_COMPLETE": "bash_complete", "COMP_WORDS": "dino pretrain quick", "COMP_CWORD": "2"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | words
+    check = f"import sys, atexit; atexit.register(lambda: print([n for n in {HEAVY} if n in sys.modules]))\n"
+    done = subprocess.run(
+        [sys.executable, "-c", check + code],
+        capture_output=True, text=True, timeout=60, check=False, env=environment,
+    )  # fmt: skip
+    assert done.stdout.split() == ["plain,quickstart", "[]"]

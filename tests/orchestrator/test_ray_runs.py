@@ -1,0 +1,206 @@
+"""Runs and sweeps on a real Ray cluster: the same numbers as without it, and nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from mlflow import MlflowClient
+from ray.job_submission import JobSubmissionClient
+from ray.util import placement_group_table
+
+from orchestrator import ray_cluster, run_sweep
+from orchestrator.catalog import load_recipe
+from orchestrator.config import RunConfig
+from orchestrator.overrides import override
+from orchestrator.pretrain import pretrain
+from orchestrator.records import read_curves, read_states
+from orchestrator.sweep import Sweep
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+
+TINY: dict[str, Any] = {
+    "pretrain.steps": 20,
+    "pretrain.batch_size": 16,
+    "pretrain.log_every_steps": 1,
+    "pretrain.checkpoint_every_steps": 10,
+    "pretrain.eval.every_steps": 10,
+    "pretrain.model.depth": 1,
+    "pretrain.head.num_prototypes": 64,
+    "cluster.max_failures": 1,
+}
+
+
+@pytest.fixture
+def tiny(ray_head: Any, tmp_path: Path) -> RunConfig:
+    where = {
+        "cluster.address": ray_head.address,
+        "cluster.storage": str(tmp_path / "runs"),
+        "tracking.uri": f"sqlite:///{tmp_path / 'mlflow.db'}",
+    }
+    return override(load_recipe("quickstart"), TINY | where)
+
+
+def losses(folder: Path) -> list[float]:
+    curve = read_curves(folder)["train/loss"]
+    assert [step for step, _ in curve] == list(range(TINY["pretrain.steps"]))
+    return [loss for _, loss in curve]
+
+
+def test_every_launcher_computes_the_same_losses(tiny: RunConfig) -> None:
+    alone = pretrain(tiny, recipe="alone", local=True)
+    one = pretrain(tiny, recipe="one")
+    two = pretrain(override(tiny, {"cluster.num_workers": 2}), recipe="two")
+    assert losses(one.folder) == pytest.approx(losses(alone.folder), rel=1e-5)
+    assert losses(two.folder) == pytest.approx(losses(alone.folder), rel=1e-3)
+    assert len(set(losses(alone.folder))) == TINY["pretrain.steps"], "nothing was learned, nothing was compared"
+    assert two.metrics["eval/knn_top1"] == pytest.approx(alone.metrics["eval/knn_top1"], abs=1.5)
+
+
+@pytest.fixture
+def left_behind(ray_head: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
+    """What of a sweep is still in the cluster when all its trials have ended, before its driver goes."""
+    found: dict[str, list[Any]] = {}
+
+    def look_and_disconnect() -> None:
+        from ray.util.state import list_actors
+
+        deadline = time.monotonic() + 20
+        while True:
+            groups = [group for group in placement_group_table().values() if group["state"] != "REMOVED"]
+            ours = ("ImplicitFunc", "TrainController", "RayTrainWorker", "PlacementGroupCleaner", "tune_trial")
+            actors = [actor for actor in list_actors(address=ray_head.dashboard, limit=1000) if actor.state != "DEAD"]
+            found["groups"] = groups
+            found["actors"] = [a.class_name for a in actors if a.class_name.startswith(ours)]
+            if not (found["groups"] or found["actors"]) or time.monotonic() > deadline:
+                break
+            time.sleep(0.5)
+        ray_cluster.disconnect()
+
+    monkeypatch.setattr(run_sweep, "disconnect", look_and_disconnect)
+    return found
+
+
+def statuses(uri: str, experiment: str) -> dict[str, str]:
+    client = MlflowClient(uri)
+    found = client.get_experiment_by_name(experiment)
+    assert found is not None
+    return {run.info.run_name: run.info.status for run in client.search_runs([found.experiment_id])}
+
+
+@pytest.mark.parametrize("num_workers", [1, 2], ids=["in the trial's actor", "a TorchTrainer of two workers"])
+def test_asha_stops_trials_and_leaves_nothing(
+    tiny: RunConfig, left_behind: dict[str, list[Any]], num_workers: int
+) -> None:
+    base = override(tiny, {"cluster.num_workers": num_workers, "cluster.max_concurrent_trials": 2})
+    sweep = Sweep(
+        name="asha",
+        base=base,
+        # Ranked by the learning rate itself, so that it is known who has to be stopped.
+        space={"pretrain.optim.lr": [1e-3, 1e-4, 1e-5]},
+        metric="train/lr",
+        scheduler="asha",
+        grace_steps=2,
+        reduction_factor=2,
+    )
+    result = run_sweep.run_sweep(sweep)
+    assert result.ok
+    assert left_behind == {"groups": [], "actors": []}
+    ends = {run.split(".", 1)[1]: state.event for run, state in read_states(result.folder).items() if "." in run}
+    assert ends["lr_0.001-s0"] == "finished"
+    assert ends["lr_1e-05-s0"] == "stopped"
+    for trial, event in ends.items():
+        steps = [step for step, _ in read_curves(result.folder / "trials" / trial)["train/loss"]]
+        assert (max(steps) == TINY["pretrain.steps"] - 1) == (event == "finished")
+        launched_trainer = (result.folder / "trials" / trial / "ray").exists()
+        assert launched_trainer == (num_workers == 2)
+    assert tiny.tracking.uri is not None
+    assert set(statuses(tiny.tracking.uri, "asha").values()) == {"FINISHED"}
+
+
+def test_a_failing_trial_does_not_end_the_sweep(tiny: RunConfig) -> None:
+    base = override(tiny, {"pretrain.optim.clip_grad": None, "pretrain.steps": 4, "pretrain.eval.every_steps": None})
+    sweep = Sweep(name="failing", base=base, space={"pretrain.optim.lr": [1e30, 1e-3]})
+    result = run_sweep.run_sweep(sweep)
+    ((trial, reason),) = result.failed.items()
+    assert trial.startswith("lr_1e-30")
+    assert reason.startswith("NonFiniteLossError: the loss of step")
+    assert tiny.tracking.uri is not None
+    found = statuses(tiny.tracking.uri, "failing")
+    assert sorted(found.values()) == ["FAILED", "FAILED", "FINISHED"], "the failed trial, its sweep, the other trial"
+
+
+class TestJobs:
+    """`ray job submit`, as in the README, from the root of the project."""
+
+    root = Path(__file__).resolve().parents[2]
+
+    @pytest.fixture(autouse=True)
+    def agent(self, ray_head: Any) -> None:
+        """The head's job agent comes up some seconds after its dashboard."""
+        client = JobSubmissionClient(ray_head.dashboard)
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                client.submit_job(entrypoint="true")
+                return
+            except RuntimeError as error:
+                if "No available agent" not in str(error) or time.monotonic() > deadline:
+                    raise
+            time.sleep(1)
+
+    def command(self, ray_head: Any, tmp_path: Path, **changes: Any) -> list[str]:
+        settings = TINY | {"cluster.storage": str(tmp_path / "runs")} | changes
+        environment = {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path / 'mlflow.db'}"}
+        return [
+            str(Path(sys.executable).with_name("ray")),
+            *("job", "submit", "--address", ray_head.dashboard, "--working-dir", "."),
+            *("--runtime-env-json", json.dumps({"env_vars": environment}), "--submission-id", tmp_path.name),
+            *("--", "python", "-m", "orchestrator", "sweep", "quickstart"),
+            *(f"{key}={value}" for key, value in settings.items()),
+        ]
+
+    def test_a_job_succeeds_and_its_log_streams(self, ray_head: Any, tmp_path: Path) -> None:
+        command = self.command(ray_head, tmp_path)
+        done = subprocess.run(command, cwd=self.root, capture_output=True, text=True, timeout=400)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "temp_0.04-momentum_0.99-s0: running" in done.stdout
+        assert "same backbone, random weights" in done.stdout
+        found = statuses(f"sqlite:///{tmp_path / 'mlflow.db'}", "quickstart")
+        assert len(found) == 5
+        assert set(found.values()) == {"FINISHED"}
+
+    def test_stopping_a_job_leaves_its_runs_killed_and_nothing_running(self, ray_head: Any, tmp_path: Path) -> None:
+        command = self.command(ray_head, tmp_path, **{"pretrain.steps": 100_000})
+        with (tmp_path / "job.log").open("wb") as log:
+            process = subprocess.Popen(command, cwd=self.root, stdout=log, stderr=log)
+        try:
+            deadline = time.monotonic() + 200
+            while "loss" not in (tmp_path / "job.log").read_text():
+                assert time.monotonic() < deadline and process.poll() is None, (tmp_path / "job.log").read_text()
+                time.sleep(1)
+            stop = [command[0], "job", "stop", "--address", ray_head.dashboard, tmp_path.name]
+            subprocess.run(stop, check=True, capture_output=True, timeout=100)
+            process.wait(100)
+        finally:
+            process.kill()
+            process.wait()
+        found = statuses(f"sqlite:///{tmp_path / 'mlflow.db'}", "quickstart")
+        assert len(found) >= 2
+        assert set(found.values()) == {"KILLED"}
+        ray.init(address=ray_head.address, log_to_driver=False)
+        try:
+            deadline = time.monotonic() + 30
+            while ray.available_resources().get("CPU") != ray.cluster_resources()["CPU"]:
+                assert time.monotonic() < deadline, ray.available_resources()
+                time.sleep(0.5)
+        finally:
+            ray.shutdown()
+        assert os.listdir(tmp_path / "runs"), "the records are kept, to resume from"

@@ -1,0 +1,296 @@
+"""The stream of batches: the same bytes however it is made, whoever makes it, wherever it starts."""
+
+from __future__ import annotations
+
+import gc
+import io
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dino_core.config import CropsConfig
+from dino_core.crops import MultiCrop
+from orchestrator.config import DataConfig
+from orchestrator.data import stream
+from orchestrator.data.plan import IndexPlan
+from orchestrator.data.sources import Split, open_source
+from orchestrator.data.stream import Batches, TooManyBadSamples, local_batches, make_batch, ray_batches
+
+# Ray Data leaves the log file of an execution open when two run at once.
+pytestmark = [
+    pytest.mark.timeout(600),
+    pytest.mark.filterwarnings(
+        "ignore:Exception ignored in. <_io.FileIO name=.*ray-data:pytest.PytestUnraisableExceptionWarning"
+    ),
+]
+
+CROPS = MultiCrop(CropsConfig(global_size=16, local_size=8, num_local_crops=2), seed=3)
+BAD = (2, 3, 11)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Split:
+    """Twenty images, three of them unreadable in different ways."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for number in range(20):
+        buffer = io.BytesIO()
+        Image.fromarray(rng.integers(0, 256, (12, 14, 3), dtype=np.uint8)).save(buffer, "PNG")
+        (root / f"{number:02}.png").write_bytes(buffer.getvalue())
+    (root / "02.png").write_bytes(b"")
+    (root / "03.png").write_bytes((root / "04.png").read_bytes()[:200])
+    (root / "11.png").write_text("not an image")
+    return open_source(DataConfig(source=str(root))).train
+
+
+def batches_of(split: Split, *, batch_size: int = 6, **changes: Any) -> Batches:
+    plan = IndexPlan(len(split), seed=3, batch_size=batch_size)
+    settings = {"start_step": 0, "stop_step": 30, "max_pixels": 10_000, **changes}
+    return Batches(split=split, crops=CROPS, plan=plan, **settings)
+
+
+def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def all_equal(some: list[dict[str, Tensor]], others: list[dict[str, Tensor]]) -> bool:
+    return len(some) == len(others) and all(map(equal, some, others))
+
+
+def threads_named(name: str) -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith(name)]
+
+
+# A batch
+
+
+def test_a_batch_holds_the_crops_of_its_samples(folder: Split) -> None:
+    plan = IndexPlan(len(folder), seed=3, batch_size=6)
+    positions = plan.positions(4)
+    batch = make_batch(folder, CROPS, plan, positions, 10_000)
+    epochs, ids = plan.locate(positions)
+    assert np.array_equal(np.where(batch["bad_id"] < 0, batch["sample_id"], batch["bad_id"]), ids)
+    assert batch["global_crops"].shape == (6, 2, 3, 16, 16)
+    for row, sample in enumerate(batch["sample_id"]):
+        with Image.open(io.BytesIO(folder.read(int(sample)))) as image:  # type: ignore[arg-type]
+            alone = CROPS.make([np.array(image)], epochs[row : row + 1], np.array([sample]))
+        assert np.array_equal(alone["global_crops"][0], batch["global_crops"][row])
+        assert np.array_equal(alone["local_crops"][0], batch["local_crops"][row])
+
+
+def test_a_bad_sample_is_replaced_by_the_next_readable_one(folder: Split) -> None:
+    plan = IndexPlan(20, seed=3, batch_size=20)
+    batch = make_batch(folder, CROPS, plan, np.arange(20), 10_000)
+    replaced = {int(bad): int(used) for bad, used in zip(batch["bad_id"], batch["sample_id"], strict=True) if bad >= 0}
+    assert replaced == {2: 4, 3: 4, 11: 12}
+    rows = np.flatnonzero(batch["sample_id"] == 4)
+    assert len(rows) == 3
+    assert all(np.array_equal(batch["global_crops"][rows[0]], batch["global_crops"][row]) for row in rows)
+
+
+def test_the_size_limit_reaches_the_decoder(folder: Split) -> None:
+    with pytest.raises(TooManyBadSamples, match=r"100 images in a row .* 14x12 is more than 100 pixels"):
+        make_batch(folder, CROPS, IndexPlan(20, 0, 4), np.arange(4), 100)
+
+
+# In this process
+
+
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_local_batches_are_the_batches(folder: Split, num_threads: int) -> None:
+    batches = batches_of(folder)
+    made = list(local_batches(batches, num_threads=num_threads))
+    assert len(made) == 30
+    for step, batch in enumerate(made):
+        assert equal(batch, {name: torch.from_numpy(array) for name, array in batches.make(step).items()})
+    assert all_equal(list(local_batches(replace(batches, start_step=17))), made[17:])
+    assert list(local_batches(replace(batches, start_step=30))) == []
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_the_ranks_rows_are_the_global_batch(folder: Split, world_size: int) -> None:
+    whole = list(local_batches(batches_of(folder, stop_step=8)))
+    parts = [
+        list(local_batches(batches_of(folder, stop_step=8, rank=rank, world_size=world_size)))
+        for rank in range(world_size)
+    ]
+    for step, batch in enumerate(whole):
+        assert equal(batch, {name: torch.cat([part[step][name] for part in parts]) for name in batch})
+
+
+def test_several_steps_at_once_are_the_same_rows(folder: Split) -> None:
+    batches = batches_of(folder, rank=1, world_size=2)
+    block = batches.make_range(3, 7)
+    for name, array in block.items():
+        assert np.array_equal(array, np.concatenate([batches.make(step)[name] for step in range(3, 7)]))
+
+
+def test_closing_early_ends_the_threads(folder: Split) -> None:
+    running = local_batches(batches_of(folder), num_threads=2)
+    next(running)
+    assert threads_named("crops")
+    running.close()
+    assert not threads_named("crops")
+
+
+def test_an_error_of_a_thread_reaches_the_consumer(folder: Split) -> None:
+    with pytest.raises(TooManyBadSamples):
+        list(local_batches(batches_of(folder, max_pixels=1)))
+    assert not threads_named("crops")
+
+
+# Blocks
+
+
+@pytest.mark.parametrize(("start", "stop", "per_block"), [(0, 100, 8), (5, 6, 1), (7, 7, 4), (3, 50, 1), (0, 64, 64)])
+def test_blocks_cover_the_steps_once(start: int, stop: int, per_block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, "_BLOCKS_PER_EXECUTION", 3)
+    bounds = stream._block_bounds(start, stop, per_block)
+    sizes = np.diff(bounds)
+    assert [bounds[0], bounds[-1]] == [start, stop]
+    assert all(1 <= size <= per_block for size in sizes)
+    assert stop - start < 2 or sizes[0] == 1
+    parts = stream._execution_parts(bounds)
+    assert all(1 <= len(part) - 1 <= 3 for part in parts)
+    assert [step for part in parts for step in range(part[0], part[-1])] == list(range(start, stop))
+
+
+def test_a_block_is_worth_a_task_and_fits() -> None:
+    tiny = {"global_crops": np.zeros((64, 2, 3, 16, 16), np.uint8)}
+    assert stream._batches_per_block(tiny, seconds=0.1) == 10
+    assert stream._batches_per_block(tiny, seconds=1e-4) == stream._MAX_BLOCK_BATCHES
+    assert stream._batches_per_block(tiny, seconds=20) == 1
+    large = {"global_crops": np.zeros((64, 2, 3, 224, 224), np.uint8)}
+    assert stream._batches_per_block(large, seconds=0.1) == 3
+
+
+# Through Ray Data
+
+
+@pytest.fixture(scope="module")
+def ray() -> Iterator[Any]:
+    import ray
+
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield ray
+    ray.shutdown()
+    gc.collect()  # what Ray leaves open is found here, not in another test
+
+
+@pytest.fixture
+def by_ray(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """No head start in this process and several short executions; counts the batches of each."""
+    monkeypatch.setattr(stream, "_HEAD_SECONDS", 1e-9)
+    monkeypatch.setattr(stream, "_BLOCKS_PER_EXECUTION", 4)
+    monkeypatch.setattr(stream, "_MAX_BLOCK_BATCHES", 2)
+    counts: list[int] = []
+    original = stream._ray_stream
+
+    def counted(*args: Any) -> Iterator[dict[str, Tensor]]:
+        counts.append(0)
+        place = len(counts) - 1
+        for batch in original(*args):
+            counts[place] += 1
+            yield batch
+
+    monkeypatch.setattr(stream, "_ray_stream", counted)
+    return counts
+
+
+@pytest.mark.ray
+def test_ray_batches_are_the_local_ones(ray: Any, by_ray: list[int], folder: Split) -> None:
+    from ray.data import DataContext
+
+    before = repr(DataContext.get_current())
+    batches = batches_of(folder)
+    expected = list(local_batches(batches))
+    made = list(ray_batches(batches))
+    assert all_equal(made, expected)
+    assert sum(by_ray) == 29
+    assert len(by_ray) == 4
+    assert set(torch.cat([batch["bad_id"] for batch in made]).tolist()) == {-1, *BAD}
+    assert all_equal(list(ray_batches(replace(batches, start_step=13))), expected[13:])
+    assert repr(DataContext.get_current()) == before
+
+
+@pytest.mark.ray
+def test_two_ranks_at_once_make_the_global_batch(ray: Any, by_ray: list[int], folder: Split) -> None:
+    whole = list(local_batches(batches_of(folder, stop_step=10)))
+    parts = [ray_batches(batches_of(folder, stop_step=10, rank=rank, world_size=2), data_cpus=1) for rank in range(2)]
+    for step, shares in enumerate(zip(*parts, strict=True)):
+        assert equal({name: torch.cat([share[name] for share in shares]) for name in shares[0]}, whole[step])
+
+
+@pytest.mark.ray
+def test_the_head_start_joins_the_rest(ray: Any, folder: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = batches_of(folder)
+    monkeypatch.setattr(stream, "_HEAD_SECONDS", 0.05)
+    assert all_equal(list(ray_batches(batches)), list(local_batches(batches)))
+    monkeypatch.setattr(stream, "_HEAD_SECONDS", 1e9)
+    assert len(list(ray_batches(batches))) == 30
+    assert list(ray_batches(replace(batches, start_step=30))) == []
+
+
+@pytest.mark.ray
+def test_closing_early_shuts_the_execution_down(ray: Any, by_ray: list[int], folder: Split) -> None:
+    running = ray_batches(batches_of(folder, stop_step=100_000))
+    for _ in range(20):
+        next(running)
+    running.close()
+    assert not threads_named("batches")
+    deadline = time.monotonic() + 20
+    while threads_named("StreamingExecutor") or ray.available_resources().get("CPU") != 4:
+        assert time.monotonic() < deadline, (threads_named("StreamingExecutor"), ray.available_resources())
+        time.sleep(0.1)
+
+
+@pytest.mark.ray
+def test_a_failing_task_names_its_reason(ray: Any, by_ray: list[int], tmp_path: Path) -> None:
+    for number in range(150):
+        (tmp_path / f"{number:03}.png").write_bytes(b"" if number >= 20 else _png())
+    split = open_source(DataConfig(source=str(tmp_path))).train
+    plan = IndexPlan(len(split), seed=3, batch_size=1)
+    _, ids = plan.locate(np.arange(150))
+    good = int(np.flatnonzero(ids < 20)[0])
+    batches = Batches(split=split, crops=CROPS, plan=plan, max_pixels=10_000, start_step=good, stop_step=good + 150)
+    with pytest.raises(TooManyBadSamples, match=r"100 images in a row from .* are unreadable"):
+        list(ray_batches(batches))
+
+
+def _png() -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (9, 9)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.mark.ray
+def test_data_tasks_run_beside_a_trials_placement_group(ray: Any, folder: Split) -> None:
+    from ray.util.placement_group import placement_group, remove_placement_group
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    def stream_inside(batches: Batches) -> int:
+        stream._HEAD_SECONDS = 1e-9
+        return len(list(ray_batches(batches)))
+
+    class Trial:
+        def run(self, batches: Batches) -> int:
+            return stream_inside(batches)
+
+    group = placement_group([{"CPU": 1}])
+    ray.get(group.ready())
+    strategy = PlacementGroupSchedulingStrategy(group, placement_group_capture_child_tasks=True)
+    trial = ray.remote(Trial).options(num_cpus=1, scheduling_strategy=strategy).remote()
+    try:
+        assert ray.get(trial.run.remote(batches_of(folder, stop_step=5)), timeout=400) == 5
+    finally:
+        ray.kill(trial)
+        remove_placement_group(group)

@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from typing import Any
+
+import pytest
+
+from dino_core.schedules import build_schedules
+from orchestrator.catalog import load_recipe, recipes, summary, sweep_module, sweep_names
+from orchestrator.overrides import flatten
+from orchestrator.preflight import model_problems
+from orchestrator.sweep import expand, load_sweep
+from sweeps.recipes import RECIPES
+
+NUM_SAMPLES = {"digits": 1438, "cifar10.parquet": 50_000, "imagenet": 1_281_167}
+
+
+def values(recipe: str, prefix: str = "pretrain.") -> dict[str, Any]:
+    flat = flatten(load_recipe(recipe))
+    return {key.removeprefix(prefix): value for key, value in flat.items() if key.startswith(prefix)}
+
+
+def test_the_recipes_and_sweeps_that_are_promised() -> None:
+    assert list(recipes()) == ["quickstart", "cifar10_tiny", "dino_vits16", "dino_resnet50"]
+    assert sweep_names() == ["crops", "momentum", "quickstart", "temperature"]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_is_complete(recipe: str) -> None:
+    config = load_recipe(recipe)
+    assert model_problems(config) == []
+    schedules = build_schedules(config.pretrain, NUM_SAMPLES[config.data.source])
+    assert schedules.total_steps > schedules.freeze_last_layer_steps
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_says_where_it_is_from_what_it_costs_what_to_expect_and_how_to_run_it(recipe: str) -> None:
+    text = inspect.getdoc(RECIPES[recipe]) or ""
+    for part in ("Paper: ", "arXiv 2104.14294", "Cost: ", "Expected: ", f"python -m orchestrator pretrain {recipe}"):
+        assert part in text
+    assert 40 < len(summary(RECIPES[recipe])) <= 115
+
+
+def test_quickstart_fits_the_digits() -> None:
+    found = values("quickstart")
+    assert load_recipe("quickstart").data.source == "digits"
+    assert found["crops.flip_prob"] == 0
+    assert found["head.num_prototypes"] <= 1024
+    assert found["eval.every_steps"] <= found["steps"] / 3
+
+
+def test_dino_vits16_is_the_published_recipe() -> None:
+    found = values("dino_vits16")
+    expected = {
+        "model.backbone": "vit_small_patch16_224",
+        "model.drop_path": 0.1,
+        "epochs": 300.0,
+        "batch_size": 1024,
+        "head.num_prototypes": 65536,
+        "head.norm_last_layer": False,
+        "head.batch_norm": False,
+        "teacher.temp": 0.07,
+        "teacher.warmup_temp": 0.04,
+        "teacher.warmup_temp_epochs": 30.0,
+        "teacher.momentum": 0.996,
+        "teacher.final_momentum": 1.0,
+        "student.temp": 0.1,
+        "crops.num_local_crops": 8,
+        "crops.global_size": 224,
+        "crops.local_size": 96,
+        "crops.global_scale": (0.4, 1.0),
+        "crops.local_scale": (0.05, 0.4),
+        "crops.blur_prob": (1.0, 0.1, 0.5),
+        "crops.solarize_prob": 0.2,
+        "optim.name": "adamw",
+        "optim.lr": 5e-4,
+        "optim.lr_reference_batch_size": 256,
+        "optim.min_lr": 1e-6,
+        "optim.warmup_epochs": 10.0,
+        "optim.weight_decay": 0.04,
+        "optim.final_weight_decay": 0.4,
+        "optim.clip_grad": 3.0,
+        "optim.freeze_last_layer_epochs": 1.0,
+    }
+    assert {key: found[key] for key in expected} == expected
+    assert build_schedules(load_recipe("dino_vits16").pretrain, 1_281_167).peak_lr == pytest.approx(2e-3)
+    assert values("dino_vits16", "cluster.")["num_workers"] == 16
+
+
+def test_dino_resnet50_is_the_published_recipe() -> None:
+    found = values("dino_resnet50")
+    expected = {
+        "model.backbone": "resnet50",
+        "model.drop_path": 0.0,
+        "epochs": 100.0,
+        "head.norm_last_layer": True,
+        "teacher.temp": 0.04,
+        "teacher.momentum": 0.996,
+        "crops.global_scale": (0.14, 1.0),
+        "crops.local_scale": (0.05, 0.14),
+        "optim.name": "sgd",
+        "optim.lr": 0.03,
+        "optim.weight_decay": 1e-4,
+        "optim.final_weight_decay": 1e-4,
+    }
+    assert {key: found[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize("base", RECIPES)
+@pytest.mark.parametrize("name", ["crops", "momentum", "quickstart", "temperature"])
+def test_every_sweep_expands_on_every_recipe(name: str, base: str) -> None:
+    trials = expand(dataclasses.replace(load_sweep(name), base=base))
+    assert len(trials) == 4
+    for trial in trials:
+        changed = {k for k, v in flatten(trial.config).items() if v != flatten(load_recipe(base))[k]}
+        assert changed <= {*trial.changes, "pretrain.teacher.warmup_temp_epochs"}
+
+
+@pytest.mark.parametrize("name", ["crops", "momentum", "quickstart", "temperature"])
+def test_a_sweep_says_how_to_run_it(name: str) -> None:
+    text = sweep_module(name).__doc__ or ""
+    assert f"python -m orchestrator sweep {name}\n" in text
+    assert 40 < len(summary(sweep_module(name))) <= 115
+
+
+def test_the_temperature_sweep_keeps_each_temperature_constant() -> None:
+    for base in RECIPES:
+        config = expand(dataclasses.replace(load_sweep("temperature"), base=base))[0].config
+        schedule = build_schedules(config.pretrain, NUM_SAMPLES[config.data.source]).teacher_temp
+        assert {schedule(0), schedule(10_000)} == {0.02}
+
+
+def test_the_values_of_the_papers_tables() -> None:
+    assert load_sweep("temperature").space == {"pretrain.teacher.temp": [0.02, 0.04, 0.06, 0.08]}
+    assert load_sweep("crops").space == {"pretrain.crops.num_local_crops": [0, 2, 6, 10]}
+    assert load_sweep("quickstart").space == {
+        "pretrain.teacher.temp": [0.04, 0.07],
+        "pretrain.teacher.momentum": [0.99, 0.996],
+    }
