@@ -5,14 +5,17 @@ Ray is imported only inside functions, so that asking whether a run fits costs n
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from dino_core.config import ConfigError
 from orchestrator.config import ClusterConfig, Launcher, RunConfig
@@ -203,27 +206,57 @@ def connect(config: RunConfig, *, dashboard: bool) -> Capacity:
     return capacity
 
 
+_started_here: list[psutil.Process] = []
+"""The servers of the Ray that `_start_local` started: children of this process, parents of Ray's workers and agents."""
+
+EXIT_S = 5.0
+"""How long a process of a Ray that was told to end may take."""
+
+
 def disconnect() -> None:
-    """End the connection, and the cluster if it was started here. Does nothing where there is none."""
+    """End the connection, and the cluster if it was started here. Does nothing where there is none.
+
+    Of a cluster started here no process is left: Ray's agents notice the end of their node by themselves and, on a
+    busy machine, sometimes do not end for minutes.
+    """
+    family = [process for server in _started_here for process in _with_descendants(server)]
+    _started_here.clear()
     if "ray" in sys.modules:
         sys.modules["ray"].shutdown()
+    end_processes(family, EXIT_S)
+
+
+def end_processes(processes: Sequence[psutil.Process], patience_s: float) -> None:
+    """Kill those of `processes` that have not ended by themselves after `patience_s` seconds."""
+    _, alive = psutil.wait_procs(processes, timeout=patience_s)
+    for process in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(alive, timeout=EXIT_S)
+
+
+def _with_descendants(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
 
 
 def _start_local(**options: Any) -> None:
-    """`ray.init` of a new cluster, up to three times: on a busy machine the node misses Ray's fixed limit of 30 s.
-
-    What a failed try leaves behind ends with this process, at the latest.
-    """
+    """`ray.init` of a new cluster, up to three times: on a busy machine the node misses Ray's fixed limit of 30 s."""
     import ray
 
+    before = set(psutil.Process().children())
     for tries_left in (2, 1, 0):
         try:
             ray.init(address="local", **options)
+            _started_here.extend(set(psutil.Process().children()) - before)
             return
         except Exception as error:  # Ray raises the bare class here
+            _started_here.extend(set(psutil.Process().children()) - before)
             if "timed out during startup" not in str(error):
                 raise
-            ray.shutdown()
+            disconnect()
             load = os.getloadavg()[0]
             if not tries_left:
                 raise RunFailed(f"Ray did not start on this machine in three tries (load {load:.1f})") from error

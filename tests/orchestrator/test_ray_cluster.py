@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+
+import psutil
 import pytest
 
 from dino_core.config import ConfigError
 from orchestrator.config import ClusterConfig, RunConfig
 from orchestrator.overrides import override
-from orchestrator.ray_cluster import Capacity, check_fits, cluster_address, plan_concurrency, resolve_launcher
+from orchestrator.ray_cluster import (
+    Capacity,
+    check_fits,
+    cluster_address,
+    end_processes,
+    plan_concurrency,
+    resolve_launcher,
+)
 
 
 def config(**cluster: object) -> RunConfig:
@@ -77,3 +88,11 @@ def test_the_cluster_is_the_one_named_then_that_of_the_job(monkeypatch: pytest.M
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     assert cluster_address(ClusterConfig()) == "10.0.0.1:6379"
     assert cluster_address(ClusterConfig(address="auto")) == "auto"
+
+
+def test_processes_that_do_not_end_by_themselves_are_killed() -> None:
+    quick = subprocess.Popen(["sleep", "0.1"])
+    stubborn = subprocess.Popen(["sleep", "600"])
+    end_processes([psutil.Process(quick.pid), psutil.Process(stubborn.pid)], patience_s=1.0)
+    assert quick.wait(1) == 0
+    assert stubborn.wait(1) == -signal.SIGKILL
