@@ -86,9 +86,19 @@ class ModelConfig(CheckedConfig):
     """Number of transformer blocks of a ViT (- | -)."""
     num_heads: int | None = number(None, ge=1)
     """Attention heads per block of a ViT (- | -)."""
+    num_register_tokens: int | None = number(None, ge=0)
+    """Register tokens of a ViT (- | student.num_register_tokens)."""
+    pooling: Literal["token", "avg"] | None = None
+    """Features of a ViT: the class token, or the mean of the patches; None keeps the model's own (- | -)."""
     drop_path: float = number(0.1, ge=0, le=0.99)
     """Stochastic depth rate of the last block, rising linearly from 0; student only
     (--drop_path_rate | student.drop_path_rate)."""
+    activation_checkpointing: bool = False
+    """Recompute the student's blocks in the backward pass instead of keeping their activations: less memory, about a
+    third more time, the same numbers (- | train.activation_checkpointing)."""
+    compile: bool = False
+    """Run the backbones through `torch.compile`: faster on GPUs after a long first step; numbers change in the last
+    digits (- | train.compile)."""
 
     def _problems(self) -> list[str]:
         if self.embed_dim and self.num_heads and self.embed_dim % self.num_heads:
@@ -98,30 +108,85 @@ class ModelConfig(CheckedConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class HeadConfig(CheckedConfig):
-    """Projection head: an MLP with an L2-normalised bottleneck, then a weight-normed layer of prototypes."""
+    """Projection head: an MLP with an L2-normalised bottleneck, then a weight-normed layer of prototypes.
+
+    Without prototypes the head ends with the bottleneck, as in BYOL, SimSiam, SimCLR and MoCo.
+    """
 
     path: ClassVar[str] = "pretrain.head"
 
-    num_prototypes: int = number(65536, ge=2)
-    """K, outputs of the last layer (--out_dim | dino.head_n_prototypes)."""
+    num_prototypes: int | None = number(65536, ge=2)
+    """K, outputs of the last layer; None has no such layer (--out_dim | dino.head_n_prototypes)."""
     num_layers: int = number(3, ge=1)
     """Linear layers of the MLP (- | dino.head_nlayers)."""
     hidden_dim: int = number(2048, ge=1)
     """Width of the hidden layers (- | dino.head_hidden_dim)."""
     bottleneck_dim: int = number(256, ge=1)
-    """Width in front of the prototypes (- | dino.head_bottleneck_dim)."""
+    """Width in front of the prototypes or, without them, of the output (- | dino.head_bottleneck_dim)."""
+    bottleneck_norm: bool = True
+    """L2-normalise the bottleneck (- | -)."""
     norm_last_layer: bool = True
     """Keep the prototypes at unit length; False learns their lengths (--norm_last_layer | -)."""
     batch_norm: bool = False
     """Batch norm after the hidden layers (--use_bn_in_head | -)."""
+    output_batch_norm: bool = False
+    """Batch norm without scale and shift after the bottleneck, before its L2 norm (- | -)."""
+    activation: Literal["gelu", "relu"] = "gelu"
+    """Between the layers of head and predictor (- | -)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictorConfig(CheckedConfig):
+    """An MLP on the student's side alone, after the bottleneck (and before the prototypes, which stay a layer of unit
+    length on both sides)."""
+
+    path: ClassVar[str] = "pretrain.predictor"
+
+    num_layers: int = number(0, ge=0)
+    """Linear layers; 0 has no predictor (- | -)."""
+    hidden_dim: int = number(4096, ge=1)
+    """Width between them (- | -)."""
+    batch_norm: bool = True
+    """Batch norm after the hidden layers (- | -)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig(CheckedConfig):
+    """What compares student and teacher, over all pairs of different crops of an image."""
+
+    path: ClassVar[str] = "pretrain.loss"
+
+    name: Literal["cross_entropy", "mse", "info_nce"] = "cross_entropy"
+    """Cross-entropy of the student's softmax against the teacher's; squared distance of L2-normalised outputs; or the
+    teacher's output of the same image told apart from those of others (- | -)."""
+    queue_size: int | None = number(None, ge=1)
+    """info_nce: the newest this many teacher outputs of earlier steps are the negatives; None takes the other images of
+    the global batch (- | -)."""
+
+    def _problems(self) -> list[str]:
+        if self.queue_size is not None and self.name != "info_nce":
+            return [f"queue_size = {self.queue_size}: must be none, loss.name = {self.name} has no negatives"]
+        return []
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig(CheckedConfig):
-    """The teacher: its temperature (sharpening), its momentum (EMA of the student) and its centring."""
+    """The teacher: where its weights come from, and how its outputs are centred and sharpened."""
 
     path: ClassVar[str] = "pretrain.teacher"
 
+    update: Literal["ema", "student_copy", "previous_step", "previous_epoch"] = "ema"
+    """Where its weights come from after each step: the moving average of the student's, the student's as they are,
+    those before the step, or those at the end of the last epoch (- | -)."""
+    stop_gradient: bool = True
+    """False trains through the teacher's side too, which must be the student itself, as in SimCLR (- | -)."""
+    mode: Literal["train", "eval"] = "train"
+    """Whether its batch norms use the statistics of the batch or the running ones (- | -)."""
+    ema_buffers: bool = False
+    """Move its running statistics as its weights; False leaves them to its own forward passes (- | -)."""
+    sharpening: Literal["softmax", "argmax", "none"] = "softmax"
+    """cross_entropy: targets are the softmax at `temp`, one at the largest and 0 elsewhere (the limit of temperature
+    0), or the softmax at the student's temperature (- | -)."""
     temp: float = number(0.04, gt=0)
     """Temperature after the warm-up (--teacher_temp | teacher.teacher_temp)."""
     warmup_temp: float = number(0.04, gt=0)
@@ -129,12 +194,20 @@ class TeacherConfig(CheckedConfig):
     warmup_temp_epochs: float = number(0.0, ge=0)
     """Epochs over which the temperature goes linearly from one to the other
     (--warmup_teacher_temp_epochs | teacher.warmup_teacher_temp_epochs)."""
+    temp_by_epoch: bool = False
+    """Hold the temperature within an epoch, as the authors' DINO code does; False moves it every step (- | -)."""
     momentum: float = number(0.996, ge=0, le=1)
     """EMA momentum at the first step (--momentum_teacher | teacher.momentum_teacher)."""
     final_momentum: float = number(1.0, ge=0, le=1)
     """EMA momentum that the cosine schedule approaches at the end (- | teacher.final_momentum_teacher)."""
-    centering: Literal["center", "none"] = "center"
-    """EMA centre subtracted from the teacher's logits, or nothing (- | train.centering)."""
+    momentum_reference_batch_size: int | None = number(None, ge=1)
+    """Use momentum ^ (batch_size / this) at every step, the EMA scaling rule of Busbridge et al. (arXiv 2307.13813);
+    None uses the momentum as it is (- | -)."""
+    centering: Literal["center", "softmax", "sinkhorn_knopp", "none"] = "center"
+    """EMA centre subtracted from the teacher's outputs, softmax over the batch, Sinkhorn-Knopp, or nothing
+    (- | train.centering)."""
+    sinkhorn_iters: int = number(3, ge=1)
+    """Iterations of Sinkhorn-Knopp (- | -)."""
     center_momentum: float = number(0.9, ge=0, le=1)
     """EMA momentum of the centre (- | -)."""
 
@@ -146,7 +219,7 @@ class StudentConfig(CheckedConfig):
     path: ClassVar[str] = "pretrain.student"
 
     temp: float = number(0.1, gt=0)
-    """Temperature of the student's softmax (- | -)."""
+    """Temperature of the student's softmax or, for info_nce, of that over positive and negatives (- | -)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,6 +254,8 @@ class CropsConfig(CheckedConfig):
     """Probability of dropping the colour (- | -)."""
     blur_prob: tuple[float, float, float] = number((1.0, 0.1, 0.5), ge=0, le=1)
     """Probability of Gaussian blur for the first global, second global and local crops (- | -)."""
+    invert_blur_prob: bool = False
+    """Blur with 1 - `blur_prob`, as the released code of DINOv2 and DINOv3 does with the printed values (- | -)."""
     blur_sigma: tuple[float, float] = number((0.1, 2.0), gt=0)
     """Range of the blur's standard deviation, pixels (- | -)."""
     solarize_prob: float = number(0.2, ge=0, le=1)
@@ -214,18 +289,36 @@ class OptimConfig(CheckedConfig):
     """Peak learning rate at `lr_reference_batch_size` images per step (--lr | optim.base_lr)."""
     lr_reference_batch_size: int | None = number(256, ge=1)
     """The peak becomes lr x batch_size / this; None uses `lr` as it is (- | optim.scaling_rule)."""
+    lr_scaling: Literal["linear", "sqrt"] = "linear"
+    """Power of batch_size / lr_reference_batch_size: 1, or 1/2 as in DINOv2 (- | optim.scaling_rule)."""
     min_lr: float = number(1e-6, ge=0)
     """Learning rate that the cosine approaches at the end, not scaled (--min_lr | optim.min_lr)."""
     warmup_epochs: float = number(10.0, ge=0)
     """Linear warm-up from 0 (--warmup_epochs | optim.warmup_epochs)."""
     weight_decay: float = number(0.04, ge=0)
     """At the first step; biases and 1-D parameters have none (--weight_decay | optim.weight_decay)."""
+    decay_tokens: bool = True
+    """Decay class, register and mask tokens and position embeddings, as both references do (- | -)."""
     final_weight_decay: float = number(0.4, ge=0)
     """Approached by a cosine at the end (--weight_decay_end | optim.weight_decay_end)."""
     clip_grad: float | None = number(3.0, gt=0)
-    """Largest L2 norm of each parameter's gradient; None does not clip (--clip_grad | optim.clip_grad)."""
+    """Largest L2 norm of a gradient; None does not clip (--clip_grad | optim.clip_grad)."""
+    clip_mode: Literal["parameter", "module", "global"] = "parameter"
+    """Whose norm that is: each parameter's (DINO), that of backbone, head and predictor each (DINOv2), or that of all
+    together (- | -)."""
+    layer_decay: float = number(1.0, gt=0, le=1)
+    """Learning rate of each block of the backbone as a multiple of the next one's; 1 is the same everywhere
+    (- | optim.layerwise_decay)."""
+    patch_embed_lr_mult: float = number(1.0, ge=0)
+    """Multiple of the learning rate for a ViT's patch embedding (- | optim.patch_embed_lr_mult)."""
     freeze_last_layer_epochs: float = number(1.0, ge=0)
     """Epochs in which the prototypes get no update (--freeze_last_layer | optim.freeze_last_layer_epochs)."""
+    freeze_last_layer_by: Literal["gradient", "lr"] = "gradient"
+    """Take their gradient away, so that the optimiser does not know them (DINO), or set their learning rate to 0, so
+    that its moments run (DINOv2) (- | -)."""
+    clip_before_freeze: bool = True
+    """Whether the norm that is clipped counts the prototypes' gradient when that is taken away; matters unless
+    clip_mode = parameter (- | -)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,9 +357,12 @@ class PretrainConfig(CheckedConfig):
     """Length of the run in passes over the data (--epochs | optim.epochs)."""
     batch_size: int = number(1024, ge=1)
     """Images per step over all workers (--batch_size_per_gpu x GPUs | train.batch_size_per_gpu x GPUs)."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16 runs forward passes under autocast; weights, loss and optimiser stay fp32
-    (--use_fp16 | compute_precision)."""
+    accumulate_steps: int = number(1, ge=1)
+    """Forward and backward passes of the student per step, each over this part of the batch. Targets are made from the
+    whole batch, so without batch norm nothing changes but the memory needed (- | -)."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """bf16 and fp16 run forward passes under autocast; weights, loss and optimiser stay fp32. fp16 scales the loss and
+    skips a step whose gradient overflows (--use_fp16 | compute_precision)."""
     log_every_steps: int = number(10, ge=1)
     """Steps between logged metrics (- | -)."""
     checkpoint_every_steps: int | None = number(None, ge=1)
@@ -274,6 +370,8 @@ class PretrainConfig(CheckedConfig):
     (--saveckp_freq | evaluation.eval_period_iterations)."""
     model: ModelConfig = field(default_factory=ModelConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
+    predictor: PredictorConfig = field(default_factory=PredictorConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
     crops: CropsConfig = field(default_factory=CropsConfig)
@@ -281,6 +379,71 @@ class PretrainConfig(CheckedConfig):
     eval: EvalConfig = field(default_factory=EvalConfig)
 
     def _problems(self) -> list[str]:
+        problems = []
         if (self.steps is None) == (self.epochs is None):
-            return [f"steps = {self.steps}, pretrain.epochs = {self.epochs}: set exactly one of the two"]
-        return []
+            problems.append(f"steps = {self.steps}, pretrain.epochs = {self.epochs}: set exactly one of the two")
+        if self.batch_size % self.accumulate_steps:
+            problems.append(
+                f"accumulate_steps = {self.accumulate_steps}: must divide pretrain.batch_size = {self.batch_size}"
+            )
+        return problems + self._combination_problems()
+
+    def _combination_problems(self) -> list[str]:
+        """Points of the component space that compute nothing sensible, each with the reason."""
+        loss, teacher = self.loss.name, self.teacher
+        problems = []
+        if loss == "cross_entropy" and self.head.num_prototypes is None:
+            problems.append(
+                "head.num_prototypes = None: must be >= 2 with loss.name = cross_entropy, a softmax over them"
+            )
+        if loss != "cross_entropy":
+            if teacher.centering in ("softmax", "sinkhorn_knopp"):
+                problems.append(
+                    f"teacher.centering = {teacher.centering}: gives probabilities, which only loss.name = "
+                    f"cross_entropy compares; must be center or none with {loss}"
+                )
+            if teacher.sharpening != "softmax":
+                problems.append(
+                    f"teacher.sharpening = {teacher.sharpening}: must be softmax, its default, with loss.name = "
+                    f"{loss}, which compares outputs and sharpens nothing"
+                )
+        if loss == "info_nce" and teacher.centering == "center":
+            problems.append(
+                "teacher.centering = center: must be none with loss.name = info_nce, which compares only differences "
+                "between images; a centre that moves would make outputs of different steps incomparable"
+            )
+        if not teacher.stop_gradient:
+            problems += self._two_sided_problems()
+        if teacher.mode == "eval" and not teacher.ema_buffers and self._has_batch_norm_in_heads():
+            problems.append(
+                "teacher.mode = eval: needs pretrain.teacher.ema_buffers = true with batch norm in the head, or the "
+                "running statistics that it reads never move"
+            )
+        return problems
+
+    def _two_sided_problems(self) -> list[str]:
+        """Why a gradient through the teacher's side is not possible."""
+        problems = []
+        if self.teacher.update != "student_copy":
+            problems.append(
+                f"teacher.stop_gradient = False: needs pretrain.teacher.update = student_copy, not "
+                f"{self.teacher.update}, whose weights are not the student's"
+            )
+        if self.loss.name != "info_nce":
+            problems.append(
+                f"teacher.stop_gradient = False: must be true with loss.name = {self.loss.name}; without negatives "
+                "both sides would agree on a constant"
+            )
+        if self.loss.queue_size is not None:
+            problems.append("teacher.stop_gradient = False: must be true with a queue, whose outputs have no gradient")
+        if self.accumulate_steps > 1:
+            problems.append(
+                "teacher.stop_gradient = False: must be true with pretrain.accumulate_steps > 1; the gradient through "
+                "the negatives needs the whole batch at once"
+            )
+        if self.predictor.num_layers:
+            problems.append("teacher.stop_gradient = False: must be true with a predictor, which has two unlike sides")
+        return problems
+
+    def _has_batch_norm_in_heads(self) -> bool:
+        return self.head.batch_norm or self.head.output_batch_norm
