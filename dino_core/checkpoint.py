@@ -173,6 +173,7 @@ def _describe(state: TrainState) -> dict[str, Any]:
         "step": state.step,
         "data_position": state.step * state.config.batch_size,
         "config": dataclasses.asdict(state.config),
+        "scaler": state.scaler.state_dict(),
         "circumstances": _circumstances(state),
     }
 
@@ -345,6 +346,7 @@ def load_checkpoint(state: TrainState, path: Path) -> dict[str, Any]:
         prefix = f"{part}."
         module.load_state_dict({name.removeprefix(prefix): t for name, t in model.items() if name.startswith(prefix)})
     state.optimizer.load_state_dict(optimizer)
+    state.scaler.load_state_dict(saved["scaler"])
     state.step = saved["step"]
     _restore_rng(saved["rng"], state.device)
 

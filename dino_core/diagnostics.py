@@ -47,3 +47,29 @@ def feature_std(features: Tensor) -> Tensor:
     moments = all_reduce_mean_(torch.stack([unit.mean(dim=0), unit.square().mean(dim=0)]))  # [2, D]
     variance = (moments[1] - moments[0].square()).clamp_(min=0)
     return variance.sqrt().mean() * math.sqrt(features.shape[-1])
+
+
+@torch.no_grad()
+def feature_rank(features: Tensor) -> Tensor:
+    """Effective rank of features [n, D] of all ranks, 1 to D: exp of the entropy of their singular values' shares.
+
+    Source: RankMe (arXiv 2210.02885), equation 1, of centred features.
+    """
+    x = features.float()
+    mean = all_reduce_mean_(x.mean(dim=0))
+    covariance = all_reduce_mean_((x - mean).T @ (x - mean) / len(x))
+    singular = torch.linalg.eigvalsh(covariance).clamp_(min=0).sqrt()
+    shares = singular / singular.sum().clamp_(min=1e-12)
+    return torch.special.entr(shares).sum().exp()
+
+
+@torch.no_grad()
+def prototype_usage(probs: Tensor) -> Tensor:
+    """Effective number of prototypes in use, 1 to K: exp of the entropy of the mean of the targets [T, B, K]."""
+    return torch.special.entr(all_reduce_mean_(probs.flatten(0, 1).mean(dim=0))).sum().exp()
+
+
+@torch.no_grad()
+def center_norm(center: Tensor) -> Tensor:
+    """L2 norm of the centre [K]."""
+    return torch.linalg.vector_norm(center)

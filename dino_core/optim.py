@@ -77,7 +77,9 @@ def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimi
     return LARS(groups)
 
 
-def set_hyperparameters(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
+def set_hyperparameters(
+    optimizer: torch.optim.Optimizer, lr: float, weight_decay: float, *, freeze_last_layer: bool = False
+) -> None:
     """The learning rate of all groups, the weight decay of the first."""
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -85,14 +87,14 @@ def set_hyperparameters(optimizer: torch.optim.Optimizer, lr: float, weight_deca
 
 
 @torch.no_grad()
-def clip_gradients_(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
+def clip_gradients_(student: nn.Module, max_norm: float | None, mode: str) -> Tensor:
     """Scale down, in place, each parameter's gradient whose L2 norm exceeds `max_norm`: each on its own, unlike
     `torch.nn.utils.clip_grad_norm_`. Nothing is read back from the device.
 
     Returns:
         [], the L2 norm of all gradients together, before clipping.
     """
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    gradients = [parameter.grad for parameter in student.parameters() if parameter.grad is not None]
     norms = torch._foreach_norm(gradients)
     if max_norm is not None:
         factors = (max_norm / (torch.stack(norms) + 1e-6)).clamp_(max=1.0)
@@ -103,6 +105,8 @@ def clip_gradients_(parameters: Iterable[nn.Parameter], max_norm: float | None) 
 def cancel_last_layer_gradients_(head: nn.Module) -> None:
     """Leave the prototypes out of the next optimiser step: no update, no weight decay, no moments."""
     last_layer = head.last_layer
+    if last_layer is None:
+        return
     assert isinstance(last_layer, nn.Module)
     for parameter in last_layer.parameters():
         parameter.grad = None

@@ -84,6 +84,10 @@ class Schedules:
     notes: tuple[str, ...] = ()
     """What may surprise about them, a line each."""
 
+    def epoch(self, step: int) -> int:
+        """The epoch that `step` begins in."""
+        return math.floor(round(step / self.steps_per_epoch, 6))
+
 
 def build_schedules(config: PretrainConfig, num_samples: int) -> Schedules:
     """The schedules of a run over `num_samples` images.
