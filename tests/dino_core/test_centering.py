@@ -69,3 +69,16 @@ def test_sinkhorn_knopp_is_finite_at_any_temperature(temp):
 def test_sinkhorn_knopp_rejects_degenerate_input(shape, temp, num_iters):
     with pytest.raises(ValueError, match="must be"):
         sinkhorn_knopp(torch.ones(shape), temp, num_iters)
+
+
+def test_one_iteration_is_the_softmax_over_the_batch():
+    """The paper's first line divides each prototype by its sum over the batch, the second each row by its own."""
+    logits = sines((5, 7), 0.4)
+    weights = torch.exp(logits.double() / 0.3)
+    weights = weights / weights.sum(dim=0)
+    torch.testing.assert_close(
+        sinkhorn_knopp(logits, 0.3, num_iters=1).double(),
+        weights / weights.sum(dim=1, keepdim=True),
+        rtol=1e-5,
+        atol=1e-7,
+    )

@@ -221,6 +221,11 @@ def test_metrics_describe_the_step_before_its_update():
         "train/kl",
         "train/grad_norm",
         "train/feature_std",
+        "train/feature_rank",
+        "train/target_std",
+        "train/prototype_usage",
+        "train/loss_below_uniform",
+        "train/center_norm",
     }
     assert all(value.shape == () and not value.requires_grad for value in metrics.values())
     torch.testing.assert_close(metrics["train/loss"], metrics["train/teacher_entropy"] + metrics["train/kl"])
@@ -232,7 +237,7 @@ def test_metrics_describe_the_step_before_its_update():
 def test_the_first_step_uses_a_centre_of_0_and_the_second_that_of_the_first():
     state = TrainState.create(CONFIG, NUM_SAMPLES)
     with torch.no_grad():
-        logits = state.teacher([batch(0).global_crops])
+        logits, _ = state.teacher([batch(0).global_crops])
     train_step(state, batch(0))
     torch.testing.assert_close(state.objective.center, 0.1 * logits.mean(dim=0))
 
