@@ -346,7 +346,8 @@ def load_checkpoint(state: TrainState, path: Path) -> dict[str, Any]:
         prefix = f"{part}."
         module.load_state_dict({name.removeprefix(prefix): t for name, t in model.items() if name.startswith(prefix)})
     state.optimizer.load_state_dict(optimizer)
-    state.scaler.load_state_dict(saved["scaler"])
+    if saved["scaler"]:  # empty where the precision did not need it
+        state.scaler.load_state_dict(saved["scaler"])
     state.step = saved["step"]
     _restore_rng(saved["rng"], state.device)
 
