@@ -27,6 +27,8 @@ three, so that one odd batch neither makes nor hides a collapse."""
 UNIFORM_SHARE = 0.98
 """Teacher entropy from which the targets are uniform, as a share of ln K (DINO, figure 7: without sharpening it rises
 to 1). Healthy runs on the digits end between 0.43 and 0.83, those without sharpening above 0.997."""
+HIGH_SHARE = 0.5
+"""Teacher entropy from which targets that say nothing of their image are nearer to uniform than to one-hot."""
 NEAR_UNIFORM_SHARE = 0.02
 """Distance of a loss from that of uniform outputs at which it has learned nothing, as a share of the latter. The same
 margin as that of the entropy: the loss is h + KL, so the two agree where student and teacher do."""
@@ -174,10 +176,10 @@ _Signal = Callable[[_Moment], str]
 def _worst(run: _Run) -> _Found | None:
     """The first verdict of the table that holds; where several of its rows do, the earliest step and all evidence."""
     for verdict in dict.fromkeys(verdict for verdict, _ in _RULES):
-        held = [(step, signals) for named, signals in _RULES if named == verdict and (step := _since(signals, run))]
+        held = [(steps, signals) for named, signals in _RULES if named == verdict and (steps := _since(signals, run))]
         if held:
             evidence = dict.fromkeys(signal(run.last) for _, signals in held for signal in signals)
-            return verdict, min(step[0] for step, _ in held), tuple(evidence)
+            return verdict, min(steps[0] for steps, _ in held), tuple(evidence)
     return None
 
 
@@ -204,7 +206,7 @@ def _entropy_is_zero(at: _Moment) -> str:
 
 def _entropy_is_high(at: _Moment) -> str:
     share = at.entropy_share
-    return f"teacher entropy {share:.3f} of ln K" if share is not None and share >= 0.5 else ""
+    return f"teacher entropy {share:.3f} of ln K" if share is not None and share >= HIGH_SHARE else ""
 
 
 def _targets_say_nothing(at: _Moment) -> str:
