@@ -29,6 +29,7 @@ from dino_core.diagnostics import (
     feature_std,
     kl_to_student,
     prototype_usage,
+    target_std,
     teacher_entropy,
 )
 from dino_core.distributed import all_reduce_mean_, has_process_group, world_size
@@ -261,7 +262,7 @@ def _diagnose(state: TrainState, loss: Tensor, features: Tensor, targets: Target
     metrics = {
         "train/feature_std": feature_std(features),
         "train/feature_rank": feature_rank(features),
-        "train/target_std": feature_std(values.flatten(0, 1)),
+        "train/target_std": target_std(values),
     }
     name = state.config.loss.name
     if name == "cross_entropy":

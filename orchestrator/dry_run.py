@@ -120,13 +120,14 @@ def measure(config: RunConfig) -> ModelSize:
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
     per_worker = pretrain.batch_size // config.cluster.num_workers
     num_crops = 2 + pretrain.crops.num_local_crops
+    num_outputs = pretrain.head.num_prototypes or pretrain.head.bottleneck_dim
     return ModelSize(
         backbone=backbone,
         head=head,
         weights=_FLOAT * (2 * (backbone + head) + trained * (1 + _MOMENTS[pretrain.optim.name])),
         activations=_held_by_autograd(student, pretrain, per_worker),
         # student: logits, log-softmax, gradient; teacher: logits, softmax
-        logits=_FLOAT * per_worker * pretrain.head.num_prototypes * (3 * num_crops + 2 * 2),
+        logits=_FLOAT * per_worker * num_outputs * (3 * num_crops + 2 * 2),
     )
 
 
