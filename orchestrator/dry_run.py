@@ -117,15 +117,16 @@ def measure(config: RunConfig) -> ModelSize:
     with torch.device("meta"):
         student = build_student(pretrain)
     backbone, head = (sum(p.numel() for p in part.parameters()) for part in (student.backbone, student.head))
+    predictor = 0 if student.predictor is None else sum(p.numel() for p in student.predictor.parameters())
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
     per_worker = pretrain.batch_size // config.cluster.num_workers
     num_crops = 2 + pretrain.crops.num_local_crops
     num_outputs = pretrain.head.num_prototypes or pretrain.head.bottleneck_dim
     return ModelSize(
         backbone=backbone,
-        head=head,
-        weights=_FLOAT * (2 * (backbone + head) + trained * (1 + _MOMENTS[pretrain.optim.name])),
-        activations=_held_by_autograd(student, pretrain, per_worker),
+        head=head + predictor,
+        weights=_FLOAT * (2 * (backbone + head) + predictor + trained * (1 + _MOMENTS[pretrain.optim.name])),
+        activations=_held_by_autograd(student, pretrain, per_worker // pretrain.accumulate_steps),
         # student: logits, log-softmax, gradient; teacher: logits, softmax
         logits=_FLOAT * per_worker * num_outputs * (3 * num_crops + 2 * 2),
     )
@@ -151,11 +152,11 @@ def _held_by_autograd(student: nn.Module, config: PretrainConfig, num_images: in
     if crops.num_local_crops:
         shapes.append((crops.num_local_crops * num_images, crops.local_size))
     groups = [torch.empty(count, 3, size, size, device="meta") for count, size in shapes]
-    student.begin_step(config.seed, 0, num_images)
+    student.begin_pass(config.seed, 0, num_images=num_images, share=num_images)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        logits = student(groups)
+        outputs = student(groups)
     parameters = {StorageWeakRef(p.untyped_storage()).cdata for p in student.parameters()}
-    del logits  # everything saved is alive until here, so that no storage was counted under the name of another
+    del outputs  # everything saved is alive until here, so that no storage was counted under the name of another
     return sum(size for storage, size in saved.items() if storage not in parameters)
 
 

@@ -51,9 +51,9 @@ def test_activations_are_those_of_a_real_forward_pass() -> None:
 
     crops = pretrain.crops
     groups = [torch.randn(8 * n, 3, s, s) for n, s in ((2, crops.global_size), (2, crops.local_size))]
-    student.begin_step(0, 0, 8)
+    student.begin_pass(0, 0, num_images=8, share=8)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        logits = student(groups)
+        logits, _ = student(groups)
     real, counted = sum(saved.values()), measure(config).activations
     assert logits.shape == (32, pretrain.head.num_prototypes)
     # fused attention, which a CPU has and torch's meta device has not, keeps less
