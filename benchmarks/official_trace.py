@@ -74,6 +74,12 @@ TRACES = {
         still_epochs=4,
         teacher=TeacherConfig(warmup_temp=0.04, temp=0.07, warmup_temp_epochs=10, momentum=0.9),
     ),
+    "adamw, temperature by epoch": _config(
+        "adamw",
+        0.025,
+        _head(),
+        teacher=TeacherConfig(warmup_temp=0.04, temp=0.07, warmup_temp_epochs=3, temp_by_epoch=True, momentum=0.9),
+    ),
     "adamw, no local crops": _config("adamw", 0.025, _head(), local_crops=0),
     "sgd, batch norm in the head": _config("sgd", 0.5, _head(batch_norm=True)),
     "lars": _config("lars", 5.0, _head()),
