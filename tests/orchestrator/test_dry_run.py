@@ -24,7 +24,7 @@ def test_parameters_are_those_of_the_paper() -> None:
 def test_weights_are_what_an_update_leaves_in_memory() -> None:
     config = quickstart()
     student = build_student(config.pretrain)
-    teacher = build_teacher(student)
+    teacher = build_teacher(student, config.pretrain)
     trained = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained)
     for parameter in trained:

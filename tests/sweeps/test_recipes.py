@@ -22,7 +22,7 @@ def values(recipe: str, prefix: str = "pretrain.") -> dict[str, Any]:
 
 
 def test_the_recipes_and_sweeps_that_are_promised() -> None:
-    assert list(recipes()) == ["quickstart", "cifar10_tiny", "dino_vits16", "dino_resnet50"]
+    assert list(recipes()) == ["quickstart", "cifar10_tiny", "cifar10_regnet", "dino_vits16", "dino_resnet50"]
     assert sweep_names() == ["crops", "momentum", "quickstart", "temperature"]
 
 
