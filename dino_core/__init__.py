@@ -19,9 +19,14 @@ if TYPE_CHECKING:
     from dino_core.crops import CropBatch as CropBatch
     from dino_core.crops import MultiCrop as MultiCrop
     from dino_core.heads import DINOHead as DINOHead
+    from dino_core.heads import Predictor as Predictor
     from dino_core.losses import dino_loss as dino_loss
+    from dino_core.losses import info_nce_loss as info_nce_loss
     from dino_core.losses import koleo_loss as koleo_loss
-    from dino_core.objectives import DINO as DINO
+    from dino_core.losses import mse_loss as mse_loss
+    from dino_core.methods import METHODS as METHODS
+    from dino_core.methods import with_method as with_method
+    from dino_core.objectives import Objective as Objective
     from dino_core.schedules import cosine_schedule as cosine_schedule
     from dino_core.train import NonFiniteLossError as NonFiniteLossError
     from dino_core.train import TrainState as TrainState
@@ -36,9 +41,14 @@ _MODULES = {
     "CropBatch": "dino_core.crops",
     "MultiCrop": "dino_core.crops",
     "DINOHead": "dino_core.heads",
+    "Predictor": "dino_core.heads",
     "dino_loss": "dino_core.losses",
+    "info_nce_loss": "dino_core.losses",
     "koleo_loss": "dino_core.losses",
-    "DINO": "dino_core.objectives",
+    "mse_loss": "dino_core.losses",
+    "METHODS": "dino_core.methods",
+    "with_method": "dino_core.methods",
+    "Objective": "dino_core.objectives",
     "cosine_schedule": "dino_core.schedules",
     "NonFiniteLossError": "dino_core.train",
     "TrainState": "dino_core.train",

@@ -109,3 +109,11 @@ def _no_stochastic_depth(config: ModelConfig, drop_path: float) -> ConfigError:
     return ConfigError(
         f"pretrain.model.drop_path = {drop_path:g}: must be 0, {config.backbone} has no stochastic depth"
     )
+
+
+def compile_backbone(backbone: nn.Module) -> None:
+    backbone.compile()
+
+
+def adopt_backbone(module: nn.Module, image_size: int) -> int:
+    raise NotImplementedError

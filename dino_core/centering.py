@@ -12,12 +12,12 @@ from dino_core.distributed import all_reduce_max_, all_reduce_sum_, world_size
 
 
 @torch.no_grad()
-def center_teacher(logits: Tensor, center: Tensor, temp: float) -> Tensor:
+def center_teacher(logits: Tensor, center: Tensor | float, temp: float) -> Tensor:
     """Centred and sharpened targets: softmax((logits - center) / temp) over K, in fp32.
 
     Args:
         logits: [T, B, K] (or any [..., K]).
-        center: [K].
+        center: [K], or 0 for none.
         temp: > 0; small values sharpen.
 
     Source: DINO (arXiv 2104.14294), section 3.1, "Avoiding collapse".

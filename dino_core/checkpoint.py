@@ -50,7 +50,13 @@ MANIFEST_FILE = "MANIFEST.json"
 
 _NAME = re.compile(r"step_(\d{8,})(\.old)?")
 _TEMPORARY = ".partial-"  # being written or deleted
-_SHAPE_KEYS = ("pretrain.model.", "pretrain.head.", "pretrain.optim.name", "pretrain.crops.global_size")
+_SHAPE_KEYS = (
+    "pretrain.model.",
+    "pretrain.head.",
+    "pretrain.crops.global_size",
+    *(f"pretrain.optim.{name}" for name in ("name", "layer_decay", "patch_embed_lr_mult", "decay_tokens")),
+    "pretrain.optim.freeze_last_layer_by",
+)
 _RESERVE_BYTES = 1 << 20  # manifest, JSON, file system
 
 
@@ -173,6 +179,7 @@ def _describe(state: TrainState) -> dict[str, Any]:
         "step": state.step,
         "data_position": state.step * state.config.batch_size,
         "config": dataclasses.asdict(state.config),
+        "scaler": state.scaler.state_dict(),
         "circumstances": _circumstances(state),
     }
 
@@ -345,6 +352,8 @@ def load_checkpoint(state: TrainState, path: Path) -> dict[str, Any]:
         prefix = f"{part}."
         module.load_state_dict({name.removeprefix(prefix): t for name, t in model.items() if name.startswith(prefix)})
     state.optimizer.load_state_dict(optimizer)
+    if saved["scaler"]:  # empty where the precision did not need it
+        state.scaler.load_state_dict(saved["scaler"])
     state.step = saved["step"]
     _restore_rng(saved["rng"], state.device)
 
@@ -407,19 +416,12 @@ def _check_fit(
     for key, tensor in moments.items():
         parameter, name = key.split(".", 1)
         values.setdefault(int(parameter), {})[name] = tensor
-    return {"state": values, "param_groups": _with_tuples(saved["param_groups"], here["param_groups"])}
+    # what the groups hold besides parameters follows from the configuration, which may have changed
+    return {"state": values, "param_groups": here["param_groups"]}
 
 
 def _shape(shape: torch.Size | None) -> str:
     return "absent" if shape is None else str(list(shape))
-
-
-def _with_tuples(saved: list[dict[str, Any]], like: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """JSON knows no tuples; where the optimiser has one, make one."""
-    return [
-        {key: tuple(value) if isinstance(group[key], tuple) else value for key, value in old.items()}
-        for old, group in zip(saved, like, strict=True)
-    ]
 
 
 def _restore_rng(saved: list[dict[str, Any]], device: torch.device) -> None:

@@ -114,6 +114,8 @@ class MultiCrop:
         params[..., colour.ORDER] = np.floor(draws[..., _ORDER] * colour.NUM_ORDERS)
         params[..., colour.GRAYSCALE] = draws[..., _GRAY] < config.grayscale_prob
         blur_prob = np.array([config.blur_prob[min(crop, 2)] for crop in range(crops)])
+        if config.invert_blur_prob:
+            blur_prob = 1 - blur_prob
         low, high = config.blur_sigma
         sigma = low + (high - low) * draws[..., _SIGMA]
         params[..., colour.SIGMA] = np.where(draws[..., _BLUR] < blur_prob, sigma, 0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -45,6 +47,28 @@ def all_gather_rows(tensor: Tensor) -> Tensor:
     gathered = [torch.empty_like(tensor) for _ in range(world_size())]
     dist.all_gather(gathered, tensor.contiguous())
     return torch.cat(gathered)
+
+
+class _GatherRows(torch.autograd.Function):
+    """`all_gather_rows`, and backward the sum over all ranks of the gradients of this rank's rows."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        ctx.num_rows = tensor.shape[0]
+        return all_gather_rows(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        total = all_reduce_sum_(grads[0].clone())
+        return total[rank() * ctx.num_rows : (rank() + 1) * ctx.num_rows]
+
+
+def all_gather_rows_with_gradient(tensor: Tensor) -> Tensor:
+    """As `all_gather_rows`; each rank's loss may depend on the rows of every rank."""
+    if not has_process_group():
+        return tensor
+    gathered: Tensor = _GatherRows.apply(tensor)
+    return gathered
 
 
 def barrier() -> None:

@@ -33,14 +33,7 @@ def dino_loss(student_logits: Tensor, teacher_probs: Tensor, student_temp: float
     Raises:
         ValueError: shapes that do not match, no pair of different crops, a temperature that is not positive.
     """
-    num_student, num_teacher = student_logits.shape[0], teacher_probs.shape[0]
-    if student_logits.dim() != 3 or student_logits.shape[1:] != teacher_probs.shape[1:] or student_logits.numel() == 0:
-        raise ValueError(
-            f"student_logits {list(student_logits.shape)} and teacher_probs {list(teacher_probs.shape)}: "
-            "must be [S, B, K] and [T, B, K] with the same B and K, none of them 0"
-        )
-    if num_teacher > num_student or num_student < 2:
-        raise ValueError(f"{num_student} student and {num_teacher} teacher crops: needs S >= 2 and T <= S")
+    _check_pairs(student_logits, teacher_probs)
     if student_temp <= 0:
         raise ValueError(f"student_temp = {student_temp}: must be > 0")
     loss: Tensor = _PairedCrossEntropy.apply(student_logits, teacher_probs.detach(), student_temp)
@@ -85,6 +78,90 @@ class _PairedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * grad_output.to(gradient.dtype), None, None
+
+
+def mse_loss(student_outputs: Tensor, targets: Tensor) -> Tensor:
+    """Squared distance of L2-normalised outputs, mean over the pairs of different crops and over the images, 0 to 4.
+
+    The first T student crops are the teacher's own. With z = `student_outputs` / length::
+
+        loss = mean over t, over s != t, over b of  |z[s, b] - targets[t, b]|^2  =  2 - 2 * mean cosine
+
+    Args:
+        student_outputs: [S, B, D], any float type; computed in fp32.
+        targets: [T, B, D] of unit length, T <= S; no gradient flows into them.
+
+    Source: BYOL (arXiv 2006.07733), equation 2; over the crops of DINO (arXiv 2104.14294), appendix B.
+
+    Raises:
+        ValueError: shapes that do not match, or no pair of different crops.
+    """
+    num_pairs = _check_pairs(student_outputs, targets)
+    z = F.normalize(student_outputs.float(), dim=-1)  # [S, B, D]
+    cosines = torch.einsum("sbd,tbd->stb", z, targets.detach().float())  # [S, T, B]
+    own = torch.diagonal(cosines).sum()  # the pairs of a crop with itself
+    return 2 - 2 * (cosines.sum() - own) / num_pairs
+
+
+def info_nce_loss(
+    student_outputs: Tensor,
+    keys: Tensor,
+    temp: float,
+    *,
+    first_image: int = 0,
+    queue: Tensor | None = None,
+) -> Tensor:
+    """Tell the same image in another crop from other images, mean over the pairs of crops and over the images, in nats.
+
+    With q = `student_outputs` / length, and N(b) the keys of all crops of all other images or else the queue::
+
+        loss = mean over t, over s != t, over b of
+               -log( exp(q[s, b] . keys[t, b] / temp) / (the same + sum over n in N(b) of exp(q[s, b] . n / temp)) )
+
+    With two crops per image and both sides the same network this is NT-Xent; with a queue it is MoCo's loss.
+
+    Args:
+        student_outputs: [S, b, D], of the images `first_image` to `first_image` + b; any float type, computed in fp32.
+        keys: [T, B, D] of unit length, of all images of the global batch, T <= S. The first T student crops are theirs.
+        temp: > 0.
+        queue: [Q, D] of unit length; None takes the other images of `keys` as negatives.
+
+    Source: MoCo (arXiv 1911.05722), equation 1; SimCLR (arXiv 2002.05709), equation 1.
+
+    Raises:
+        ValueError: shapes that do not match, no pair of crops, no negatives, a temperature that is not positive.
+    """
+    if temp <= 0:
+        raise ValueError(f"temp = {temp}: must be > 0")
+    num_images = student_outputs.shape[1]
+    own_keys = keys[:, first_image : first_image + num_images].float()  # [T, b, D]
+    num_pairs = _check_pairs(student_outputs, own_keys)
+    if queue is None and keys.shape[1] < 2:
+        raise ValueError(f"keys {list(keys.shape)}: must be of at least 2 images, the others are the negatives")
+    q = F.normalize(student_outputs.float(), dim=-1)
+    positives = torch.einsum("sbd,tbd->stb", q, own_keys) / temp  # [S, T, b]
+    if queue is None:
+        scores = torch.einsum("sbd,tnd->sbtn", q, keys.float()) / temp  # [S, b, T, B]
+        images = torch.arange(num_images, device=q.device)
+        scores[:, images, :, images + first_image] = -torch.inf
+        negatives = torch.logsumexp(scores.flatten(2), dim=-1)  # [S, b]
+    else:
+        negatives = torch.logsumexp(torch.einsum("sbd,qd->sbq", q, queue.float()) / temp, dim=-1)
+    losses = torch.logaddexp(positives, negatives[:, None]) - positives  # [S, T, b]
+    return (losses.sum() - torch.diagonal(losses).sum()) / num_pairs
+
+
+def _check_pairs(student_outputs: Tensor, targets: Tensor) -> int:
+    """The number of pairs of different crops over all images, for [S, B, D] and [T, B, D]."""
+    num_student, num_teacher = student_outputs.shape[0], targets.shape[0]
+    if student_outputs.dim() != 3 or student_outputs.shape[1:] != targets.shape[1:] or student_outputs.numel() == 0:
+        raise ValueError(
+            f"student outputs {list(student_outputs.shape)} and targets {list(targets.shape)}: "
+            "must be [S, B, D] and [T, B, D] with the same B and D, none of them 0"
+        )
+    if num_teacher > num_student or num_student < 2:
+        raise ValueError(f"{num_student} student and {num_teacher} teacher crops: needs S >= 2 and T <= S")
+    return num_teacher * (num_student - 1) * student_outputs.shape[1]
 
 
 def koleo_loss(features: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ _PROTOTYPES = {
 _EMBEDDINGS = {
     "pretrain.loss.queue_size": None,
     "pretrain.head.num_prototypes": None,
+    "pretrain.head.bottleneck_norm": False,  # the loss normalises; a predictor sees the embedding as it is
     "pretrain.head.batch_norm": True,
     "pretrain.head.activation": "relu",
     "pretrain.predictor.num_layers": 0,

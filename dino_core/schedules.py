@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from dino_core.config import ConfigError, PretrainConfig
+from dino_core.config import ConfigError, PretrainConfig, TeacherConfig
 
 Schedule = Callable[[int], float]
 
@@ -79,17 +79,20 @@ class Schedules:
     """The prototypes get no update in steps below this."""
     steps_per_epoch: float
     """Not rounded: an epoch may end inside a batch."""
+    epoch: Callable[[int], int]
+    """The epoch that a step begins in."""
     peak_lr: float
     """The learning rate after warm-up, scaled by the batch size."""
     notes: tuple[str, ...] = ()
-    """What may surprise about them, a line each."""
+    """What was computed from the batch size, and what may surprise, a line each."""
 
 
 def build_schedules(config: PretrainConfig, num_samples: int) -> Schedules:
     """The schedules of a run over `num_samples` images.
 
-    Durations in epochs are rounded to steps. The teacher's temperature moves every step, where the authors' DINO code
-    looks it up once per epoch: the ends of the warm-up are the same, the path between them has no stairs.
+    Durations in epochs are rounded to steps. The teacher's temperature moves every step: the ends of its warm-up are
+    those of the authors' DINO code, the path between them has no stairs. With `teacher.temp_by_epoch` it has them: the
+    warm-up is rounded to epochs, and each step has the value of the epoch that it begins in.
 
     A warm-up that is longer than the run is not squeezed into it: the run is the beginning of a longer one, and `notes`
     says so.
@@ -111,18 +114,20 @@ def build_schedules(config: PretrainConfig, num_samples: int) -> Schedules:
                 f"make no full step; must be >= {config.batch_size / num_samples:g}"
             )
 
-    def warmup(key: str, epochs: float) -> int:
-        steps = round(epochs * steps_per_epoch)
+    def warmup(key: str, epochs: float, *, whole_epochs: bool = False) -> int:
+        steps = round((round(epochs) if whole_epochs else epochs) * steps_per_epoch)
         if steps > total_steps:
             notes.append(f"pretrain.{key} = {epochs:g}: is {steps} steps; the run of {total_steps} steps ends before")
         return steps
 
+    def epoch(step: int) -> int:
+        return step * config.batch_size // num_samples  # in whole numbers, which no length of run makes inexact
+
     notes: list[str] = []
     optim, teacher = config.optim, config.teacher
     lr_warmup = warmup("optim.warmup_epochs", optim.warmup_epochs)
-    temp_warmup = warmup("teacher.warmup_temp_epochs", teacher.warmup_temp_epochs)
-    scale = 1.0 if optim.lr_reference_batch_size is None else config.batch_size / optim.lr_reference_batch_size
-    peak_lr = optim.lr * scale
+    temp_warmup = warmup("teacher.warmup_temp_epochs", teacher.warmup_temp_epochs, whole_epochs=teacher.temp_by_epoch)
+    peak_lr = _peak_lr(config, notes)
     return Schedules(
         lr=(
             cosine_schedule(peak_lr, optim.min_lr, total_steps, lr_warmup)
@@ -130,11 +135,55 @@ def build_schedules(config: PretrainConfig, num_samples: int) -> Schedules:
             else linear_warmup_schedule(0.0, peak_lr, lr_warmup)
         ),
         weight_decay=cosine_schedule(optim.weight_decay, optim.final_weight_decay, total_steps),
-        momentum=cosine_schedule(teacher.momentum, teacher.final_momentum, total_steps),
-        teacher_temp=linear_warmup_schedule(teacher.warmup_temp, teacher.temp, temp_warmup),
+        momentum=_momentum_schedule(config, total_steps, notes),
+        teacher_temp=(
+            _by_epoch(teacher, epoch)
+            if teacher.temp_by_epoch
+            else linear_warmup_schedule(teacher.warmup_temp, teacher.temp, temp_warmup)
+        ),
         total_steps=total_steps,
         freeze_last_layer_steps=round(optim.freeze_last_layer_epochs * steps_per_epoch),
         steps_per_epoch=steps_per_epoch,
+        epoch=epoch,
         peak_lr=peak_lr,
         notes=tuple(notes),
     )
+
+
+def _peak_lr(config: PretrainConfig, notes: list[str]) -> float:
+    """The learning rate after warm-up: scaled with the batch size (Goyal et al., arXiv 1706.02677) or with its square
+    root (Krizhevsky, arXiv 1404.5997), or not at all."""
+    optim, reference = config.optim, config.optim.lr_reference_batch_size
+    if reference is None or reference == config.batch_size:
+        return optim.lr
+    ratio, power = config.batch_size / reference, ""
+    if optim.lr_scaling == "sqrt":
+        ratio, power = math.sqrt(ratio), " ^ 0.5"
+    peak = optim.lr * ratio
+    notes.append(
+        f"pretrain.optim.lr = {optim.lr:g}: peak {peak:g} = {optim.lr:g} x ({config.batch_size} / {reference}){power}"
+    )
+    return peak
+
+
+def _momentum_schedule(config: PretrainConfig, total_steps: int, notes: list[str]) -> Schedule:
+    """The teacher's momentum; every value to the power batch size / reference, if there is a reference.
+
+    Source of the power: Busbridge et al. (arXiv 2307.13813), definition 1.2, the EMA scaling rule.
+    """
+    teacher, reference = config.teacher, config.teacher.momentum_reference_batch_size
+    schedule = cosine_schedule(teacher.momentum, teacher.final_momentum, total_steps)
+    if reference is None or reference == config.batch_size:
+        return schedule
+    power = config.batch_size / reference
+    notes.append(
+        f"pretrain.teacher.momentum = {teacher.momentum:g}: starts at {teacher.momentum**power:.7g} = "
+        f"{teacher.momentum:g} ^ ({config.batch_size} / {reference}), later values to the same power"
+    )
+    return lambda step: schedule(step) ** power
+
+
+def _by_epoch(teacher: TeacherConfig, epoch: Callable[[int], int]) -> Schedule:
+    """The teacher's temperature as the authors' DINO code has it: an array indexed by the epoch."""
+    schedule = linear_warmup_schedule(teacher.warmup_temp, teacher.temp, round(teacher.warmup_temp_epochs))
+    return lambda step: schedule(epoch(step))

@@ -38,10 +38,22 @@ class DepthMasks:
         self._drop_probs.append(drop_prob)
         return len(self._drop_probs) - 1
 
-    def begin(self, seed: int, step: int, group: int, *, num_crops: int, num_images: int, device: torch.device) -> None:
+    def begin(
+        self,
+        seed: int,
+        step: int,
+        group: int,
+        *,
+        num_crops: int,
+        num_images: int,
+        device: torch.device,
+        first_image: int = 0,
+        share: int | None = None,
+    ) -> None:
         """Before the forward pass of one group of crops: `num_crops` x `num_images` rows on this rank, crop-major."""
         self._key = (seed, step, group)
         self._shape = (num_crops, num_images)
+        self._first = rank() * (share or num_images) + first_image
         self._device = device
         self._tables = []
         self._calls = [0] * len(self._drop_probs)
@@ -64,7 +76,7 @@ class DepthMasks:
             key = absorb(key, word)
         layers = absorb(key, np.arange(len(self._drop_probs)))  # [L]
         crops = absorb(layers[:, None], np.arange(num_crops))  # [L, crops]
-        images = rank() * num_images + np.arange(num_images)
+        images = self._first + np.arange(num_images)
         draws = (absorb(crops[:, :, None], images) >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
         keep = 1 - np.asarray(self._drop_probs, dtype=np.float32)[:, None, None]
         factors = (draws < keep) / keep  # [L, crops, images]

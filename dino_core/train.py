@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -18,12 +19,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from dino_core.backbones import compile_backbone
 from dino_core.config import ConfigError, PretrainConfig
 from dino_core.crops import CropBatch
-from dino_core.diagnostics import feature_std, kl_to_student, teacher_entropy
+from dino_core.diagnostics import (
+    center_norm,
+    distance_to_uniform,
+    feature_rank,
+    feature_std,
+    kl_to_student,
+    prototype_usage,
+    target_std,
+    teacher_entropy,
+)
 from dino_core.distributed import all_reduce_mean_, has_process_group, world_size
 from dino_core.networks import CropNetwork, build_student, build_teacher, synchronise_batch_norm
-from dino_core.objectives import DINO
+from dino_core.objectives import Objective, Targets
 from dino_core.optim import build_optimizer, cancel_last_layer_gradients_, clip_gradients_, set_hyperparameters
 from dino_core.schedules import Schedules, build_schedules
 
@@ -55,58 +66,79 @@ class TrainState:
     schedules: Schedules
     student: CropNetwork
     teacher: CropNetwork
-    objective: DINO
+    objective: Objective
     optimizer: torch.optim.Optimizer
     parallel_student: nn.Module
     """The student itself or, in a process group, its wrapper that averages gradients. Shares the student's weights."""
     device: torch.device
+    scaler: torch.amp.GradScaler
+    """Of the loss, for fp16; does nothing at other precisions."""
     step: int = 0
     """The next update."""
 
     @classmethod
-    def create(cls, config: PretrainConfig, num_samples: int, device: str | torch.device = "cpu") -> TrainState:
+    def create(
+        cls,
+        config: PretrainConfig,
+        num_samples: int,
+        device: str | torch.device = "cpu",
+        *,
+        backbone: nn.Module | None = None,
+    ) -> TrainState:
         """The state before step 0 of a run over `num_samples` images; every rank of a process group calls it.
 
         Weights are drawn on the CPU from `config.seed` alone, so they are the same on every device and rank. torch's
         global RNG is left as it was found.
 
+        Args:
+            backbone: a module from images [n, 3, H, W] to features [n, D], used with its weights in place of
+                `config.model`; it is copied. All ranks must pass the same.
+
         Raises:
             ConfigError: the configuration does not fit together, or not to the number of workers.
         """
         device = torch.device(device)
-        if config.batch_size % world_size():
+        if config.batch_size % (world_size() * config.accumulate_steps):
             raise ConfigError(
-                f"pretrain.batch_size = {config.batch_size}: must be a multiple of cluster.num_workers = {world_size()}"
+                f"pretrain.batch_size = {config.batch_size}: must be a multiple of cluster.num_workers = "
+                f"{world_size()}"
+                + (f" times pretrain.accumulate_steps = {config.accumulate_steps}" * (config.accumulate_steps > 1))
             )
         schedules = build_schedules(config, num_samples)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(config.seed)
-            student = build_student(config)
+            student = build_student(config, backbone)
+            objective = Objective(student.head.out_dim, config).to(device)
         student = synchronise_batch_norm(student.to(device), config, device).train()
-        teacher = build_teacher(student)
-        objective = DINO(
-            config.head.num_prototypes,
-            student_temp=config.student.temp,
-            centering=config.teacher.centering,
-            center_momentum=config.teacher.center_momentum,
-        ).to(device)
+        teacher = build_teacher(student, config)
+        if config.model.compile:
+            compile_backbone(student.backbone)
+            compile_backbone(teacher.backbone)
         parallel: nn.Module = student
         if has_process_group():
             parallel = DistributedDataParallel(student, gradient_as_bucket_view=True)
         optimizer = build_optimizer(config.optim, student)
-        return cls(config, schedules, student, teacher, objective, optimizer, parallel, device)
+        scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+        return cls(config, schedules, student, teacher, objective, optimizer, parallel, device, scaler)
+
+    def autocast(self) -> torch.autocast:
+        """What forward passes run under."""
+        dtype = torch.float16 if self.config.precision == "fp16" else torch.bfloat16
+        return torch.autocast(self.device.type, dtype=dtype, enabled=self.config.precision != "fp32")
 
 
-def train_step(state: TrainState, crops: CropBatch) -> dict[str, Tensor]:
+def train_step(state: TrainState, crops: CropBatch, *, diagnose: bool = True) -> dict[str, Tensor]:
     """One update from this rank's share of the global batch; `state.step` moves on by one.
 
     Order (DINO, arXiv 2104.14294, algorithm 1, and the authors' code): hyper-parameters of this step, forward of
-    teacher and student, loss, backward, clip each parameter, keep the prototypes still at first, optimiser, teacher,
-    centre.
+    teacher and student, loss, backward, clip, keep the prototypes still at first, optimiser, teacher, centre.
+
+    Args:
+        diagnose: compute the metrics that only a log needs; nothing else depends on it.
 
     Returns:
-        Metrics of all ranks together, before the update, as scalars on the device: train/loss, train/teacher_entropy,
-        train/kl (nats), train/grad_norm (before clipping), train/feature_std (teacher's backbone, 0 to 1).
+        Metrics of all ranks together, before the update, as scalars on the device: train/loss, train/grad_norm (before
+        clipping), train/loss_scale (fp16) and, with `diagnose`, those of `_diagnose`.
 
     Raises:
         NonFiniteLossError: before anything moved.
@@ -114,37 +146,137 @@ def train_step(state: TrainState, crops: CropBatch) -> dict[str, Tensor]:
     """
     config, schedules, step = state.config, state.schedules, state.step
     groups = _crop_groups(state, crops)
-    num_images = crops.num_images
     state.optimizer.zero_grad(set_to_none=True)
-    state.student.begin_step(config.seed, step, num_images)
-    with torch.autocast(state.device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16"):
-        with torch.no_grad():
+    if config.teacher.stop_gradient:
+        with state.autocast(), torch.no_grad():
             features = state.teacher.features(groups[:1])  # [T * B, D]
-            teacher_logits = state.teacher.head(features).unflatten(0, (-1, num_images))  # [T, B, K]
-        student_logits = state.parallel_student(groups).unflatten(0, (-1, num_images))  # [S, B, K]
-    loss, teacher_probs = state.objective(student_logits, teacher_logits, schedules.teacher_temp(step))
-    entropy = teacher_entropy(teacher_probs)
-    mean_loss, entropy = all_reduce_mean_(torch.stack([loss.detach(), entropy])).unbind()
+            outputs = state.teacher.head(features).unflatten(0, (-1, crops.num_images))  # [T, B, K]
+        targets = state.objective.targets(outputs, schedules.teacher_temp(step))
+        loss = _backward_in_parts(state, groups, targets)
+    else:
+        loss, targets, features, outputs = _backward_through_both_sides(state, groups, crops.num_images)
+    mean_loss = all_reduce_mean_(loss.clone())
 
-    loss.backward()
-    grad_norm = clip_gradients_(state.student.parameters(), config.optim.clip_grad)
+    state.scaler.unscale_(state.optimizer)
+    head, optim = state.student.head, config.optim
+    frozen = step < schedules.freeze_last_layer_steps
+    cancelled = frozen and optim.freeze_last_layer_by == "gradient"
+    if cancelled and not optim.clip_before_freeze:
+        cancel_last_layer_gradients_(head)
+    grad_norm = clip_gradients_(state.student, optim.clip_grad, optim.clip_mode)
     # the one time that the host waits for the device; all ranks see the same mean, so all stop or none
     if not torch.isfinite(mean_loss):
         state.optimizer.zero_grad(set_to_none=True)
         raise NonFiniteLossError(step, float(mean_loss))
-    if step < schedules.freeze_last_layer_steps:
-        cancel_last_layer_gradients_(state.student.head)
-    set_hyperparameters(state.optimizer, schedules.lr(step), schedules.weight_decay(step))
-    state.optimizer.step()
-    state.objective.update_teacher(state.student, state.teacher, teacher_logits, schedules.momentum(step))
+    if cancelled:
+        cancel_last_layer_gradients_(head)
+    metrics = {"train/loss": mean_loss, "train/grad_norm": grad_norm}
+    if state.scaler.is_enabled():
+        metrics["train/loss_scale"] = torch.tensor(state.scaler.get_scale(), device=state.device)
+    if diagnose:
+        metrics |= _diagnose(state, mean_loss, features, targets)
+
+    set_hyperparameters(
+        state.optimizer,
+        schedules.lr(step),
+        schedules.weight_decay(step),
+        freeze_last_layer=frozen and optim.freeze_last_layer_by == "lr",
+    )
+    move_teacher = partial(
+        state.objective.update_teacher,
+        state.student,
+        state.teacher,
+        outputs,
+        momentum=schedules.momentum(step),
+        epoch_ended=schedules.epoch(step + 1) > schedules.epoch(step),
+    )
+    if state.objective.updates_before_step:
+        move_teacher()
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    if not state.objective.updates_before_step:
+        move_teacher()
     state.step += 1
-    return {
-        "train/loss": mean_loss,
-        "train/teacher_entropy": entropy,
-        "train/kl": kl_to_student(mean_loss, entropy),
-        "train/grad_norm": grad_norm,
+    return metrics
+
+
+def _backward_in_parts(state: TrainState, groups: Sequence[Tensor], targets: Targets) -> Tensor:
+    """Gradients of the loss over this rank's share, by `accumulate_steps` passes of the student; the loss, []."""
+    config = state.config
+    num_parts, share = config.accumulate_steps, targets.values.shape[1]
+    size = share // num_parts
+    total = torch.zeros((), device=state.device)
+    for part in range(num_parts):
+        first = part * size
+        rows = [
+            group.unflatten(0, (-1, share))[:, first : first + size].flatten(0, 1) if num_parts > 1 else group
+            for group in groups
+        ]
+        state.student.begin_pass(config.seed, state.step, num_images=size, first_image=first, share=share)
+        with _no_sync(state, last=part == num_parts - 1):
+            with state.autocast():
+                outputs, _ = state.parallel_student(rows)
+            loss = state.objective.loss(outputs.unflatten(0, (-1, size)), targets, first) / num_parts
+            state.scaler.scale(loss).backward()
+        total += loss.detach()
+    return total
+
+
+def _no_sync(state: TrainState, *, last: bool) -> AbstractContextManager[None]:
+    """Gradients are averaged over the ranks once, in the last backward pass."""
+    if last or not isinstance(state.parallel_student, DistributedDataParallel):
+        return nullcontext()
+    return state.parallel_student.no_sync()
+
+
+def _backward_through_both_sides(
+    state: TrainState, groups: Sequence[Tensor], num_images: int
+) -> tuple[Tensor, Targets, Tensor, Tensor]:
+    """As `_backward_in_parts` where the student is its own teacher: the outputs of the global crops are the targets.
+
+    Returns:
+        The loss [], the targets, the features [T * B, D] and outputs [T, B, K] of the global crops.
+    """
+    state.student.begin_pass(state.config.seed, state.step, num_images=num_images, share=num_images)
+    with state.autocast():
+        rows, features = state.parallel_student(groups)
+    outputs = rows.unflatten(0, (-1, num_images))  # [S, B, K]
+    num_global = groups[0].shape[0]
+    loss, targets = state.objective(
+        outputs, outputs[: num_global // num_images], state.schedules.teacher_temp(state.step)
+    )
+    state.scaler.scale(loss).backward()
+    targets = Targets(targets.values.detach(), None)
+    return loss.detach(), targets, features[:num_global], outputs[: num_global // num_images].detach()
+
+
+@torch.no_grad()
+def _diagnose(state: TrainState, loss: Tensor, features: Tensor, targets: Targets) -> dict[str, Tensor]:
+    """What tells whether the run collapses, of the global batch and before the update, each [].
+
+    Always train/feature_std and train/feature_rank (teacher's backbone) and train/target_std (teacher's head, or its
+    probabilities); for cross_entropy train/teacher_entropy, train/kl, train/loss_below_uniform (nats) and
+    train/prototype_usage; for info_nce train/loss_below_uniform (nats); with a centre train/center_norm.
+    """
+    values = targets.values
+    metrics = {
         "train/feature_std": feature_std(features),
+        "train/feature_rank": feature_rank(features),
+        "train/target_std": target_std(values),
     }
+    name = state.config.loss.name
+    if name == "cross_entropy":
+        entropy = all_reduce_mean_(teacher_entropy(values))
+        metrics["train/teacher_entropy"] = entropy
+        metrics["train/kl"] = kl_to_student(loss, entropy)
+        metrics["train/prototype_usage"] = prototype_usage(values)
+        metrics["train/loss_below_uniform"] = distance_to_uniform(loss, values.shape[-1])
+    elif name == "info_nce":
+        in_batch = values.shape[0] * (values.shape[1] * world_size() - 1)
+        metrics["train/loss_below_uniform"] = distance_to_uniform(loss, 1 + (state.objective.num_negatives or in_batch))
+    if state.config.teacher.centering == "center":
+        metrics["train/center_norm"] = center_norm(state.objective.center)
+    return metrics
 
 
 def _crop_groups(state: TrainState, crops: CropBatch) -> list[Tensor]:
@@ -193,9 +325,10 @@ def train(
                     on_log(state.step, evaluate(state))
             crops = clock.wait_for(iterator, state.step, total)
             step = state.step
-            metrics = train_step(state, crops)
+            log_now = _is_due(step, config.log_every_steps, at_start=True) or step + 1 == total
+            metrics = train_step(state, crops, diagnose=log_now)
             clock.num_steps += 1
-            if _is_due(step, config.log_every_steps, at_start=True) or state.step == total:
+            if log_now:
                 on_log(step, _to_floats(metrics) | _schedule_metrics(state, step) | clock.read())
             if state.step < total and _is_due(state.step, config.checkpoint_every_steps):
                 on_checkpoint(state)

@@ -41,7 +41,7 @@ class ModelSize:
     head: int
     """Parameters of the student's head."""
     weights: int
-    """Bytes: student, its gradients, the optimiser's moments, teacher."""
+    """Bytes: student, its gradients, the optimiser's moments, teacher, queue of negatives."""
     activations: int
     """Bytes that autograd holds between the student's forward and backward pass, in fp32."""
     logits: int
@@ -66,7 +66,7 @@ def print_run(config: RunConfig, recipe: str, write: Callable[[str], None] = pri
         "needs": _demand(config),
         "data": source.describe(),
         "steps": f"{steps:,} = {steps / schedules.steps_per_epoch:,.4g} epochs",
-        "images": f"{steps * config.pretrain.batch_size:,}, {_crops(config)}",
+        "images": f"{steps * config.pretrain.batch_size:,}, {_crops([config])}",
         "learning rate": f"{schedules.peak_lr:g} at its peak",
         **_size_lines(config, size),
         **_record_lines(config, recipe, recipe),
@@ -102,7 +102,7 @@ def print_sweep(sweep: Sweep, trials: Sequence[Trial], write: Callable[[str], No
         "at once": _at_once(config, len(trials)),
         "data": "; ".join(source.describe() for source in sources.values()),
         "steps": f"{each} per trial, {sum(steps):,} in all",
-        "images": f"{images:,} in all, {_crops(config)}",
+        "images": f"{images:,} in all, {_crops([trial.config for trial in trials])}",
         **_size_lines(largest.config, sizes[_what_counts(largest.config)], "largest trial: " if len(sizes) > 1 else ""),
         **_record_lines(config, sweep.name, sweep.name),
     }
@@ -119,17 +119,20 @@ def measure(config: RunConfig) -> ModelSize:
     with torch.device("meta"):
         student = build_student(pretrain)
     backbone, head = (sum(p.numel() for p in part.parameters()) for part in (student.backbone, student.head))
+    everything = sum(p.numel() for p in student.parameters())
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
     per_worker = pretrain.batch_size // config.cluster.num_workers
+    per_pass = per_worker // pretrain.accumulate_steps
     num_crops = 2 + pretrain.crops.num_local_crops
     num_outputs = pretrain.head.num_prototypes or pretrain.head.bottleneck_dim
+    queue = (pretrain.loss.queue_size or 0) * num_outputs
     return ModelSize(
         backbone=backbone,
         head=head,
-        weights=_FLOAT * (2 * (backbone + head) + trained * (1 + _MOMENTS[pretrain.optim.name])),
-        activations=_held_by_autograd(student, pretrain, per_worker),
-        # student: logits, log-softmax, gradient; teacher: logits, softmax
-        logits=_FLOAT * per_worker * num_outputs * (3 * num_crops + 2 * 2),
+        weights=_FLOAT * (everything + backbone + head + trained * (1 + _MOMENTS[pretrain.optim.name]) + queue),
+        activations=_held_by_autograd(student, pretrain, per_pass),
+        # student, of one pass: logits, log-softmax, gradient; teacher, of the whole batch: logits, softmax
+        logits=_FLOAT * num_outputs * (3 * num_crops * per_pass + 2 * 2 * per_worker),
     )
 
 
@@ -153,19 +156,20 @@ def _held_by_autograd(student: nn.Module, config: PretrainConfig, num_images: in
     if crops.num_local_crops:
         shapes.append((crops.num_local_crops * num_images, crops.local_size))
     groups = [torch.empty(count, 3, size, size, device="meta") for count, size in shapes]
-    student.begin_step(config.seed, 0, num_images)
+    student.begin_pass(config.seed, 0, num_images=num_images, share=num_images)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        logits = student(groups)
+        outputs = student(groups)
     parameters = {StorageWeakRef(p.untyped_storage()).cdata for p in student.parameters()}
-    del logits  # everything saved is alive until here, so that no storage was counted under the name of another
+    del outputs  # everything saved is alive until here, so that no storage was counted under the name of another
     return sum(size for storage, size in saved.items() if storage not in parameters)
 
 
 def _what_counts(config: RunConfig) -> tuple[object, ...]:
     """A key under which runs with models and steps of one size are measured once."""
     pretrain, crops = config.pretrain, config.pretrain.crops
-    shapes = (pretrain.batch_size, crops.num_local_crops, crops.global_size, crops.local_size)
-    return (pretrain.model, pretrain.head, pretrain.predictor, pretrain.optim.name, *shapes)
+    sizes = (pretrain.batch_size, pretrain.accumulate_steps, pretrain.loss.queue_size, pretrain.optim.name)
+    shapes = (crops.num_local_crops, crops.global_size, crops.local_size)
+    return (pretrain.model, pretrain.head, pretrain.predictor, *sizes, *shapes)
 
 
 def _print_config(config: RunConfig, space: Mapping[str, Sequence[Any]], write: Callable[[str], None]) -> None:
@@ -260,10 +264,10 @@ def _scheduler(sweep: Sweep) -> str:
     return f"asha: 1 in {sweep.reduction_factor} goes on, first judged after {sweep.grace_steps} steps"
 
 
-def _crops(config: RunConfig) -> str:
-    crops = config.pretrain.crops
-    local = f" and {crops.num_local_crops} local" if crops.num_local_crops else ""
-    return f"each as 2 global{local} crops"
+def _crops(configs: Sequence[RunConfig]) -> str:
+    counts = sorted({config.pretrain.crops.num_local_crops for config in configs})
+    shown = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
+    return f"each as 2 global{f' and {shown} local' if counts[-1] else ''} crops"
 
 
 def _size_lines(config: RunConfig, size: ModelSize, which: str = "") -> dict[str, str]:

@@ -38,7 +38,7 @@ class RunProgress:
     label: str
     total_steps: int
     batch_size: int
-    num_prototypes: int
+    num_prototypes: int | None
     state: str = "waiting"
     step: int = 0
     values: dict[str, float] = field(default_factory=dict)
@@ -77,7 +77,9 @@ class RunProgress:
         """Texts for step, loss, k-NN, entropy, images/s and time left."""
         values = self.values
         entropy = values.get("train/teacher_entropy")
-        share = "" if entropy is None else f"{entropy:.2f} ({100 * entropy / math.log(self.num_prototypes):.0f} %)"
+        share = ""
+        if entropy is not None and self.num_prototypes is not None:
+            share = f"{entropy:.2f} ({100 * entropy / math.log(self.num_prototypes):.0f} %)"
         left = self.seconds_left if self.state == "running" else None
         return [
             f"{self.step}/{self.total_steps}",

@@ -12,15 +12,17 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
+from dino_core.diagnosis import ONE_HOT_SHARE, UNIFORM_SHARE
 from orchestrator import compare as comparing
 from orchestrator.charts import NUM_COLOURS, Band, Level, Line, line_chart
 from orchestrator.compare import PAPER, ROW, Comparison, Row, html_table, metric_title, number
-from orchestrator.trials import ONE_PROTOTYPE_SHARE, PROTOTYPES_KEY, UNIFORM_SHARE, Curve, TrialSummary
+from orchestrator.trials import TrialSummary
 
 SMOKE_TEST = (
     "The digits are a smoke test, not a benchmark: raw pixels are nearly perfect on them. "
     "What counts here is the distance from random weights and that no trial collapsed."
 )
+RANK = "train/feature_rank"
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
@@ -66,6 +68,7 @@ def render_report(
         f"<header><h1>{escape(title)}</h1>{_tiles(comparison)}</header>",
         "".join(f'<p class="note">{escape(note)}</p>' for note in notes),
         _ranking(comparison),
+        _diagnoses(comparison),
         _failures(comparison),
         _baselines(comparison, baselines),
         _curves(comparison, baselines),
@@ -87,12 +90,12 @@ def _tiles(comparison: Comparison) -> str:
     rows = comparison.rows
     best = rows[0]
     ended = sum(row.trial.status in ("finished", "stopped") for row in rows)
-    collapsed = sum(row.trial.health.startswith("collapsed") for row in rows)
+    bad = sum(row.trial.diagnosis.is_bad for row in rows)
     tiles = [
         (metric_title(comparison.metric), number(best.value, 2), f"best: {best.trial.name}", ""),
         ("over random weights", number(best.gain, 2, sign=True), "same backbone, same protocol", ""),
         ("trials ended", f"{ended} of {len(rows)}", "finished or stopped early", "" if ended == len(rows) else "bad"),
-        ("collapsed", str(collapsed), "by the teacher's entropy", "bad" if collapsed else "good"),
+        ("collapsed or diverged", str(bad), "by signals that agree to the end", "bad" if bad else "good"),
     ]
     cards = (
         f'<div class="tile {kind}"><span>{escape(name)}</span><b>{escape(value)}</b><small>{escape(more)}</small></div>'
@@ -128,6 +131,20 @@ def _wide(table: str) -> str:
     return f'<div class="wide">{table}</div>'
 
 
+def _diagnoses(comparison: Comparison) -> str:
+    items = "".join(_diagnosis(row.trial) for row in comparison.rows if row.trial.diagnosis.is_bad)
+    return f"<section><h2>Collapsed or diverged</h2><dl>{items}</dl></section>" if items else ""
+
+
+def _diagnosis(trial: TrialSummary) -> str:
+    found = trial.diagnosis
+    evidence = "; ".join(found.evidence)
+    return (
+        f'<dt>{escape(trial.name)}: <span class="bad">{found.verdict}</span> from step {found.step}</dt>'
+        f"<dd>{escape(evidence)}.</dd><dd>Likely cause: {escape(found.cause)}.</dd>"
+    )
+
+
 def _failures(comparison: Comparison) -> str:
     failed = [row.trial for row in comparison.rows if row.trial.reason]
     if not failed:
@@ -158,8 +175,8 @@ def _curves(comparison: Comparison, baselines: Mapping[str, float]) -> str:
     rows = comparison.rows
     levels = [Level(name, value) for name, value in baselines.items() if math.isfinite(value)]
     bands = [
-        Band("collapsed: uniform", UNIFORM_SHARE, 1.0),
-        Band("collapsed: one prototype", 0.0, ONE_PROTOTYPE_SHARE),
+        Band("uniform collapse", UNIFORM_SHARE, 1.0),
+        Band("one-hot collapse, where few prototypes are in use", 0.0, ONE_HOT_SHARE),
     ]
     charts = [
         line_chart(metric_title(comparison.metric), _lines(rows, comparison.metric), levels=levels),
@@ -167,6 +184,8 @@ def _curves(comparison: Comparison, baselines: Mapping[str, float]) -> str:
         line_chart("Teacher entropy", _entropy(rows), unit="share of ln K", bands=bands, y_range=(0.0, 1.02)),
         line_chart("Throughput", _lines(rows, "train/images_per_s"), unit="images/s", from_zero=True),
     ]
+    if any(RANK in row.trial.curves for row in rows):
+        charts.append(line_chart("Rank of the features", _lines(rows, RANK), unit="directions", from_zero=True))
     figures = "".join(f"<figure>{chart}</figure>" for chart in charts)
     return f'<section><h2>Curves</h2>{_legend(rows)}<div class="charts">{figures}</div></section>'
 
@@ -182,15 +201,7 @@ def _lines(rows: Sequence[Row], metric: str) -> list[Line]:
 
 
 def _entropy(rows: Sequence[Row]) -> list[Line]:
-    return [Line(_label(row), _shares(row.trial), i) for i, row in enumerate(rows)]
-
-
-def _shares(trial: TrialSummary) -> Curve:
-    prototypes = trial.params.get(PROTOTYPES_KEY)
-    if prototypes is None:
-        return []
-    whole = math.log(int(prototypes))
-    return [(step, value / whole) for step, value in trial.curves.get("train/teacher_entropy", [])]
+    return [Line(_label(row), row.trial.entropy_shares, i) for i, row in enumerate(rows)]
 
 
 def _legend(rows: Sequence[Row]) -> str:

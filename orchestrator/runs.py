@@ -92,6 +92,7 @@ def prepare_run(
         "total_steps": schedules.total_steps,
         "steps_per_epoch": schedules.steps_per_epoch,
         "peak_lr": schedules.peak_lr,
+        "first_momentum": schedules.momentum(0),
         "num_samples": len(source.train),
         "batch_size_per_worker": config.pretrain.batch_size // config.cluster.num_workers,
     }

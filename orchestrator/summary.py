@@ -75,6 +75,9 @@ class Summary:
             console.print(render(self.comparison, "table"), markup=False)
         for name, value in self.baselines.items():
             console.print(f"k-NN {value:5.1f} %  {name}", markup=False)
+        for trial in (row.trial for row in self.comparison.rows if row.trial.diagnosis.is_bad):
+            found = trial.diagnosis
+            console.print(f"{trial.name}: {found.verdict} from step {found.step}: {found.cause}", markup=False)
         for note in self.notes:
             console.print(note, markup=False)
         console.print(f"report:  {self.folder / REPORT_FILE}\nMLflow:  {self.open_command}", markup=False)

@@ -7,11 +7,15 @@ import math
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from dino_core.config import ConfigError
+from dino_core.diagnosis import Diagnosis, Verdict, diagnose
 from orchestrator import records, tracking
-from orchestrator.config import TrackingConfig
+from orchestrator.config import RunConfig, TrackingConfig
+from orchestrator.overrides import config_keys, override
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -19,12 +23,11 @@ if TYPE_CHECKING:
 
 Curve = list[tuple[int, float]]
 Mode = Literal["max", "min"]
-Health = Literal["healthy", "collapsed: uniform", "collapsed: one prototype", "loss not finite", "unknown"]
 
 SEED_KEY = "pretrain.seed"
 PROTOTYPES_KEY = "pretrain.head.num_prototypes"
-UNIFORM_SHARE, ONE_PROTOTYPE_SHARE = 0.98, 0.01
-"""Teacher entropy as a share of ln K from which, and below which, a trial counts as collapsed (paper, Fig. 7)."""
+ENTROPY = "train/teacher_entropy"
+_PRETRAIN = "pretrain."
 
 _STATUS_OF_MLFLOW = {"FINISHED": "finished", "FAILED": "failed", "KILLED": "interrupted", "RUNNING": "running"}
 _MLFLOW_INFINITY = 1.7976931348623157e308  # what MLflow stores in place of infinity
@@ -86,21 +89,32 @@ class TrialSummary:
         return max((curve[-1][0] for curve in self.curves.values() if curve), default=None)
 
     @property
-    def entropy_share(self) -> float | None:
-        """The teacher's newest entropy as a share of ln K: 1 is uniform, 0 is one prototype for everything."""
-        entropy, prototypes = self.last("train/teacher_entropy"), self.params.get(PROTOTYPES_KEY)
-        return entropy / math.log(int(prototypes)) if entropy is not None and prototypes else None
+    def entropy_shares(self) -> Curve:
+        """The teacher's entropy as a share of ln K; empty for a loss without prototypes."""
+        prototypes = self.params.get(PROTOTYPES_KEY, "None")
+        if prototypes.casefold() == "none":
+            return []
+        return [(step, value / math.log(int(prototypes))) for step, value in self.curves.get(ENTROPY, [])]
 
     @property
-    def health(self) -> Health:
-        loss, share = self.last("train/loss"), self.entropy_share
-        if loss is not None and not math.isfinite(loss):
-            return "loss not finite"
-        if share is None or not math.isfinite(share):
-            return "unknown"
-        if share >= UNIFORM_SHARE:
-            return "collapsed: uniform"
-        return "collapsed: one prototype" if share < ONE_PROTOTYPE_SHARE else "healthy"
+    def entropy_share(self) -> float | None:
+        """The newest of `entropy_shares`: 1 is uniform, 0 is one prototype for each image."""
+        shares = self.entropy_shares
+        return shares[-1][1] if shares else None
+
+    @cached_property
+    def diagnosis(self) -> Diagnosis:
+        """Whether it learned or collapsed, since when, and the likely cause."""
+        known = {key: value for key, value in self.params.items() if key in config_keys() and key.startswith(_PRETRAIN)}
+        try:
+            config = override(RunConfig(), known).pretrain
+        except ConfigError as error:
+            return Diagnosis("unknown", evidence=(f"its configuration is of another version: {error}",))
+        return diagnose(self.curves, config, reason=self.reason)
+
+    @property
+    def health(self) -> Verdict:
+        return self.diagnosis.verdict
 
     @property
     def images_per_s(self) -> float | None:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from dino_core.centering import center_teacher, sinkhorn_knopp, update_center_
-from dino_core.objectives import DINO
+from dino_core.config import PretrainConfig
+from dino_core.objectives import Objective
 
 
 def sines(shape: Sequence[int], shift: float, scale: float = 2.0) -> Tensor:
@@ -19,7 +20,7 @@ def sines(shape: Sequence[int], shift: float, scale: float = 2.0) -> Tensor:
 
 def test_three_steps_have_the_official_losses_and_centres():
     student, teacher = sines((4, 3, 8), 0.1), sines((2, 3, 8), 1.3)
-    objective = DINO(8)
+    objective = Objective(8, PretrainConfig())
     expected = [
         (0.04, 17.5410919, [-0.035039, 0.025427, 0.073935, 0.08767, 0.060172, 0.004375, -0.05348, -0.086183]),
         (0.04, 17.5929775, None),
@@ -68,3 +69,16 @@ def test_sinkhorn_knopp_is_finite_at_any_temperature(temp):
 def test_sinkhorn_knopp_rejects_degenerate_input(shape, temp, num_iters):
     with pytest.raises(ValueError, match="must be"):
         sinkhorn_knopp(torch.ones(shape), temp, num_iters)
+
+
+def test_one_iteration_is_the_softmax_over_the_batch():
+    """The paper's first line divides each prototype by its sum over the batch, the second each row by its own."""
+    logits = sines((5, 7), 0.4)
+    weights = torch.exp(logits.double() / 0.3)
+    weights = weights / weights.sum(dim=0)
+    torch.testing.assert_close(
+        sinkhorn_knopp(logits, 0.3, num_iters=1).double(),
+        weights / weights.sum(dim=1, keepdim=True),
+        rtol=1e-5,
+        atol=1e-7,
+    )

@@ -323,6 +323,17 @@ def test_other_settings_are_allowed_and_said(saved: Path, caplog: pytest.LogCapt
     assert "pretrain.optim.lr was 0.01, is 0.02" in caplog.text
 
 
+def test_the_groups_of_the_optimiser_are_those_of_the_configuration_here(tmp_path: Path) -> None:
+    slow, slower = change("optim", layer_decay=0.5), change("optim", layer_decay=0.25)
+    path = save_checkpoint(fresh(slow), tmp_path)
+    state = fresh(slower)
+    load_checkpoint(state, path)
+    scales = {group["lr_scale"] for group in state.optimizer.param_groups}
+    assert scales == {0.25**above for above in range(4)}
+    with pytest.raises(CheckpointError, match=r"pretrain.optim.layer_decay was 0.5, is 1.0"):
+        load_checkpoint(fresh(), path)
+
+
 def test_another_thread_count_is_allowed_and_said(saved: Path, caplog: pytest.LogCaptureFixture) -> None:
     torch.set_num_threads(2)
     load_checkpoint(fresh(), saved)

@@ -17,7 +17,7 @@ from torch import Tensor
 from dino_core.centering import sinkhorn_knopp, update_center_
 from dino_core.config import ConfigError, CropsConfig, HeadConfig, ModelConfig, OptimConfig, PretrainConfig
 from dino_core.crops import CropBatch
-from dino_core.diagnostics import feature_std
+from dino_core.diagnostics import feature_rank, feature_std, prototype_usage, target_std
 from dino_core.distributed import all_gather_rows, all_reduce_mean_, rank, world_size
 from dino_core.train import NonFiniteLossError, TrainState, train_step
 
@@ -64,6 +64,9 @@ def run() -> dict[str, Any]:
             "center": center,
             "sinkhorn_knopp": all_gather_rows(sinkhorn_knopp(logits, 0.2)),
             "feature_std": feature_std(logits),
+            "feature_rank": feature_rank(logits),
+            "target_std": target_std(logits[None]),
+            "prototype_usage": prototype_usage(logits.softmax(dim=-1)[None]),
             "mean": all_reduce_mean_(logits.sum()) * world_size(),
         },
     }

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dino_core.heads import DINOHead
+from dino_core.heads import DINOHead, Predictor
 
 
 def sines(shape: Sequence[int], shift: float, scale: float = 2.0) -> Tensor:
@@ -93,3 +94,33 @@ def test_initial_weights_are_those_of_the_paper():
     assert head.last_layer.weight_v.abs().max().item() <= 1 / 16
     with pytest.raises(ValueError, match="num_layers = 0"):
         DINOHead(6, 5, num_layers=0)
+
+
+def test_without_prototypes_the_head_ends_with_the_bottleneck():
+    head = DINOHead(6, None, num_layers=2, hidden_dim=8, bottleneck_dim=4, output_batch_norm=True)
+    assert head.out_dim == 4
+    assert not any("last_layer" in name for name, _ in head.named_parameters())
+    out = head(sines((10, 6), 0.3))
+    torch.testing.assert_close(out.norm(dim=-1), torch.ones(10))
+    plain = DINOHead(
+        6, None, num_layers=2, hidden_dim=8, bottleneck_dim=4, output_batch_norm=True, bottleneck_norm=False
+    )
+    out = plain(sines((10, 6), 0.3))
+    torch.testing.assert_close(out.mean(dim=0), torch.zeros(4), rtol=0, atol=1e-6)
+    assert not torch.allclose(out.norm(dim=-1), torch.ones(10))
+
+
+def test_a_predictor_stands_between_bottleneck_and_prototypes():
+    head, predictor = DINOHead(6, 5, num_layers=2, hidden_dim=8, bottleneck_dim=4), Predictor(4, hidden_dim=8)
+    features = sines((10, 6), 0.3)
+    bottleneck = F.normalize(head.mlp(features), dim=-1)
+    expected = head.last_layer(F.normalize(predictor(bottleneck), dim=-1))
+    torch.testing.assert_close(head(features, predictor), expected)
+    assert head(features, predictor).abs().max() <= 1, "still cosines"
+    assert not torch.allclose(head(features), expected)
+
+
+@pytest.mark.parametrize(("activation", "kind"), [("gelu", nn.GELU), ("relu", nn.ReLU)])
+def test_the_activation_is_that_named(activation, kind):
+    head = DINOHead(6, 5, hidden_dim=8, bottleneck_dim=4, activation=activation)
+    assert [type(layer) for layer in head.mlp] == [nn.Linear, kind, nn.Linear, kind, nn.Linear]

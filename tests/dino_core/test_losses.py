@@ -6,11 +6,12 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dino_core.losses import dino_loss, koleo_loss
+from dino_core.losses import dino_loss, info_nce_loss, koleo_loss, mse_loss
 
 
 def sines(shape: Sequence[int], shift: float, scale: float = 2.0) -> Tensor:
@@ -133,3 +134,74 @@ def test_koleo_ignores_lengths_and_pushes_neighbours_apart():
 def test_koleo_needs_neighbours(shape):
     with pytest.raises(ValueError, match=r"must be \[B, D\] with B >= 2"):
         koleo_loss(torch.ones(shape))
+
+
+# --------------------------------------------------------------------------------------------- mse_loss, info_nce_loss
+
+
+def pairs_of(student: Tensor, targets: Tensor) -> list[tuple[int, int]]:
+    return [(s, t) for t in range(len(targets)) for s in range(len(student)) if s != t]
+
+
+@given(num_teacher=st.integers(1, 2), num_more=st.integers(0, 2), num_images=st.integers(1, 4), seed=st.integers(0, 99))
+@settings(max_examples=30, deadline=None)
+def test_mse_is_the_mean_squared_distance_of_the_pairs(num_teacher, num_more, num_images, seed):
+    generator = torch.Generator().manual_seed(seed)
+    student = torch.randn(max(2, num_teacher + num_more), num_images, 5, generator=generator)
+    targets = F.normalize(torch.randn(num_teacher, num_images, 5, generator=generator), dim=-1)
+    unit = F.normalize(student, dim=-1)
+    expected = torch.stack([(unit[s] - targets[t]).square().sum(dim=-1).mean() for s, t in pairs_of(student, targets)])
+    torch.testing.assert_close(mse_loss(student, targets), expected.mean(), rtol=1e-5, atol=1e-6)
+
+
+def info_nce_by_definition(student: Tensor, keys: Tensor, temp: float, queue: Tensor | None) -> Tensor:
+    """Term by term, with lists of negatives."""
+    unit = F.normalize(student, dim=-1)
+    terms = []
+    for s, t in pairs_of(student, keys):
+        for b in range(student.shape[1]):
+            others = [keys[u, n] for u in range(len(keys)) for n in range(keys.shape[1]) if n != b]
+            negatives = others if queue is None else list(queue)
+            scores = torch.stack([unit[s, b] @ key for key in [keys[t, b], *negatives]]) / temp
+            terms.append(torch.logsumexp(scores, dim=0) - scores[0])
+    return torch.stack(terms).mean()
+
+
+@pytest.mark.parametrize("queue_size", [None, 7])
+@pytest.mark.parametrize(("num_teacher", "num_student"), [(1, 2), (2, 2), (2, 5)])
+def test_info_nce_is_its_definition_with_its_gradients(num_teacher, num_student, queue_size):
+    torch.manual_seed(0)
+    raw = [torch.randn(n, 4, 6, dtype=torch.float32, requires_grad=True) for n in (num_student, num_teacher)]
+    queue = None if queue_size is None else F.normalize(torch.randn(queue_size, 6), dim=-1)
+    gradients = []
+    for loss in (
+        lambda s, k: info_nce_loss(s, k, 0.2, queue=queue),
+        lambda s, k: info_nce_by_definition(s, k, 0.2, queue),
+    ):
+        value = loss(raw[0], F.normalize(raw[1], dim=-1))
+        gradients.append([value.detach(), *torch.autograd.grad(value, raw)])
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-5, atol=1e-6)
+
+
+def test_two_crops_of_one_network_give_nt_xent():
+    """SimCLR's algorithm 1: of 2N views each is told from the 2N - 2 of other images."""
+    torch.manual_seed(1)
+    views = F.normalize(torch.randn(2, 5, 8), dim=-1)
+    flat = views.flatten(0, 1)
+    scores = (flat @ flat.T / 0.1).fill_diagonal_(-math.inf)
+    positives = torch.cat([torch.arange(5, 10), torch.arange(5)])
+    nt_xent = F.cross_entropy(scores, positives)
+    torch.testing.assert_close(info_nce_loss(views, views, 0.1), nt_xent)
+
+
+def test_info_nce_of_equal_outputs_is_the_logarithm_of_the_number_of_choices():
+    same = F.normalize(torch.ones(2, 5, 8), dim=-1)
+    assert info_nce_loss(same, same, 0.2).item() == pytest.approx(math.log(1 + 2 * 4), rel=1e-6)
+    assert info_nce_loss(same, same, 0.2, queue=same[0]).item() == pytest.approx(math.log(1 + 5), rel=1e-6)
+
+
+def test_info_nce_needs_negatives_and_a_temperature():
+    with pytest.raises(ValueError, match="at least 2 images"):
+        info_nce_loss(torch.ones(2, 1, 4), torch.ones(2, 1, 4), 0.2)
+    with pytest.raises(ValueError, match=r"temp = 0\.0: must be > 0"):
+        info_nce_loss(torch.ones(2, 2, 4), torch.ones(2, 2, 4), 0.0)

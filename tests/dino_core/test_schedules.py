@@ -4,6 +4,8 @@ import subprocess
 import sys
 
 import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 from dino_core.config import ConfigError, OptimConfig, PretrainConfig, TeacherConfig
 from dino_core.schedules import build_schedules, cosine_schedule, linear_warmup_schedule
@@ -96,6 +98,93 @@ def test_the_learning_rate_is_scaled_only_if_asked():
     assert build_schedules(config(optim=optim), 100).lr(0) == 0.5
 
 
+def test_scaling_rules_of_the_learning_rate_are_said():
+    def peak(optim: OptimConfig, batch_size: int) -> tuple[float, tuple[str, ...]]:
+        schedules = build_schedules(config(optim=optim, batch_size=batch_size), 4096)
+        return schedules.peak_lr, schedules.notes
+
+    linear = OptimConfig(lr=0.0005, warmup_epochs=1)
+    assert peak(linear, 1024) == (0.002, ("pretrain.optim.lr = 0.0005: peak 0.002 = 0.0005 x (1024 / 256)",))
+    assert peak(linear, 256) == (0.0005, ())
+    # DINOv2: base_lr * sqrt(batch size / 1024), of ViT-L in its paper 0.004 at 2048 images
+    root = OptimConfig(lr=0.004, lr_scaling="sqrt", lr_reference_batch_size=1024, warmup_epochs=1)
+    value, notes = peak(root, 2048)
+    assert value == pytest.approx(0.00565685425)
+    assert notes == ("pretrain.optim.lr = 0.004: peak 0.00565685 = 0.004 x (2048 / 1024) ^ 0.5",)
+    assert peak(OptimConfig(lr=0.1, lr_scaling="sqrt", lr_reference_batch_size=None, warmup_epochs=1), 64) == (0.1, ())
+
+
+def test_the_ema_scaling_rule_raises_every_value_of_the_momentum():
+    def run(batch_size: int, reference: int | None):
+        teacher = TeacherConfig(momentum=0.996, momentum_reference_batch_size=reference)
+        optim = OptimConfig(lr_reference_batch_size=None, warmup_epochs=0)
+        return build_schedules(config(steps=100, epochs=None, batch_size=batch_size, teacher=teacher, optim=optim), 512)
+
+    plain, scaled = run(64, None), run(64, 1024)
+    # 0.996 ^ (1 / 16), 0.998 ^ (1 / 16): the middle of the cosine
+    assert scaled.momentum(0) == pytest.approx(0.999749530, abs=1e-9)
+    assert scaled.momentum(50) == pytest.approx(0.999874883, abs=1e-9)
+    for step in range(100):  # 16 small steps move the teacher as far as one large one
+        assert scaled.momentum(step) ** 16 == pytest.approx(plain.momentum(step), rel=1e-12)
+    assert scaled.notes == (
+        "pretrain.teacher.momentum = 0.996: starts at 0.9997495 = 0.996 ^ (64 / 1024), later values to the same power",
+    )
+    assert [run(64, 64).momentum(step) for step in range(100)] == [plain.momentum(step) for step in range(100)]
+    assert plain.notes == run(64, 64).notes == ()
+    assert run(64, 16).momentum(0) == pytest.approx(0.996**4)
+    with pytest.raises(ValueError, match="step = 100"):
+        scaled.momentum(100)
+
+
+def test_a_momentum_of_one_or_none_stays_so_at_any_batch_size():
+    teacher = TeacherConfig(momentum=0.0, final_momentum=0.0, momentum_reference_batch_size=1024)
+    assert build_schedules(config(teacher=teacher), 100).momentum(3) == 0.0
+    teacher = TeacherConfig(momentum=1.0, final_momentum=1.0, momentum_reference_batch_size=1024)
+    assert build_schedules(config(teacher=teacher), 100).momentum(3) == 1.0
+
+
+def by_epoch(num_samples: int, batch_size: int, warmup_epochs: float, epochs: float = 8.0):
+    teacher = TeacherConfig(warmup_temp=0.04, temp=0.07, warmup_temp_epochs=warmup_epochs, temp_by_epoch=True)
+    optim = OptimConfig(lr_reference_batch_size=None, warmup_epochs=1)
+    return build_schedules(config(epochs=epochs, batch_size=batch_size, teacher=teacher, optim=optim), num_samples)
+
+
+def test_the_temperature_by_epoch_is_the_authors_array():
+    # numpy.concatenate((numpy.linspace(0.04, 0.07, 3), numpy.ones(5) * 0.07)), indexed by the epoch, 4 steps each
+    schedules = by_epoch(num_samples=32, batch_size=8, warmup_epochs=3)
+    array = [0.04, 0.055, 0.07, 0.07, 0.07, 0.07, 0.07, 0.07]
+    assert [schedules.teacher_temp(step) for step in range(32)] == pytest.approx(
+        [value for value in array for _ in range(4)], abs=1e-15
+    )
+    with pytest.raises(ValueError, match="step = -1"):
+        schedules.teacher_temp(-1)
+
+
+def test_an_epoch_that_ends_inside_a_step_ends_with_that_step():
+    # 2.5 steps per epoch: epoch 1 begins within step 2, so step 3 is its first; epoch 2 is steps 5 to 7
+    schedules = by_epoch(num_samples=20, batch_size=8, warmup_epochs=3.4)
+    expected = [0.04, 0.04, 0.04, 0.055, 0.055, 0.07, 0.07, 0.07]
+    assert [schedules.teacher_temp(step) for step in range(8)] == pytest.approx(expected, abs=1e-15)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 10**7), st.integers(1, 4096), st.integers(0, 10**6))
+def test_the_epoch_of_a_step_is_exact(num_samples, batch_size, epoch):
+    schedules = by_epoch(num_samples, batch_size, warmup_epochs=10**7, epochs=float(batch_size))
+    first = -(-epoch * num_samples // batch_size)  # the first step that begins in the epoch
+    assume(first * batch_size // num_samples == epoch)  # a batch may be larger than the epoch
+    value = linear_warmup_schedule(0.04, 0.07, 10**7)
+    assert schedules.epoch(first) == epoch
+    assert schedules.teacher_temp(first) == value(epoch)
+    if first:
+        assert schedules.teacher_temp(first - 1) < value(epoch)
+
+
+def test_a_warmup_by_epoch_that_is_longer_than_the_run_is_said_in_steps():
+    (note,) = by_epoch(num_samples=32, batch_size=8, warmup_epochs=9.4).notes
+    assert note == "pretrain.teacher.warmup_temp_epochs = 9.4: is 36 steps; the run of 32 steps ends before"
+
+
 @pytest.mark.parametrize(
     ("epochs", "num_samples", "batch_size", "steps"), [(0.29, 100, 1, 29), (0.7, 10, 1, 7), (3, 10, 4, 7)]
 )
@@ -119,8 +208,9 @@ def test_a_run_may_end_within_its_warmup_and_is_then_the_beginning_of_a_longer_o
     assert [note.partition(" = ")[0] for note in short.notes] == [
         "pretrain.optim.warmup_epochs",
         "pretrain.teacher.warmup_temp_epochs",
+        "pretrain.optim.lr",
     ]
-    assert long.notes == ()
+    assert [note.partition(" = ")[0] for note in long.notes] == ["pretrain.optim.lr"]
 
 
 def test_no_images_are_an_error():

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import dino_core
+from dino_core.checkpoint import load_checkpoint, save_checkpoint
 from dino_core.config import (
     ConfigError,
     CropsConfig,
@@ -179,7 +180,7 @@ def test_ten_losses_are_the_golden_ones():
     assert losses == pytest.approx([float(line) for line in GOLDEN.read_text().split()], rel=1e-5)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_twice_the_same_is_bitwise_the_same(precision):
     states = []
     for noise in range(2):
@@ -198,6 +199,36 @@ def test_bf16_is_close_to_fp32_and_keeps_fp32_weights():
         assert {p.dtype for p in [*state.student.parameters(), *state.teacher.parameters()]} == {torch.float32}
     assert losses["bf16"] != losses["fp32"]
     assert losses["bf16"][:3] == pytest.approx(losses["fp32"][:3], rel=0.1)
+
+
+def set_scale(state: TrainState, scale: float) -> None:
+    state.scaler.load_state_dict(state.scaler.state_dict() | {"scale": scale})
+
+
+def test_fp16_scales_the_loss_and_skips_steps_that_overflow():
+    state = TrainState.create(changed(precision="fp16"), NUM_SAMPLES)
+    before = [parameter.clone() for parameter in state.student.parameters()]
+    set_scale(state, 2.0**60)
+    train_step(state, batch(0))
+    assert equal(before, list(state.student.parameters())), "the gradient overflowed"
+    set_scale(state, 2.0**4)
+    metrics = train_step(state, batch(1))
+    assert metrics["train/loss_scale"] == 2**4
+    assert metrics["train/grad_norm"].isfinite()
+    assert not equal(before, list(state.student.parameters()))
+    fp32 = TrainState.create(CONFIG, NUM_SAMPLES)
+    fp32.step = 1
+    expected = train_step(fp32, batch(1))
+    torch.testing.assert_close(metrics["train/grad_norm"], expected["train/grad_norm"], rtol=0.05, atol=0)
+
+
+def test_the_loss_scale_is_a_part_of_the_checkpoint(tmp_path):
+    state, other = (TrainState.create(changed(precision="fp16"), NUM_SAMPLES) for _ in range(2))
+    set_scale(state, 2.0**7)
+    train_step(state, batch(0))
+    load_checkpoint(other, save_checkpoint(state, tmp_path))
+    assert other.scaler.state_dict() == state.scaler.state_dict()
+    assert other.scaler.get_scale() != TrainState.create(changed(precision="fp16"), NUM_SAMPLES).scaler.get_scale()
 
 
 def test_prototypes_stay_until_they_thaw():
@@ -221,6 +252,11 @@ def test_metrics_describe_the_step_before_its_update():
         "train/kl",
         "train/grad_norm",
         "train/feature_std",
+        "train/feature_rank",
+        "train/target_std",
+        "train/prototype_usage",
+        "train/loss_below_uniform",
+        "train/center_norm",
     }
     assert all(value.shape == () and not value.requires_grad for value in metrics.values())
     torch.testing.assert_close(metrics["train/loss"], metrics["train/teacher_entropy"] + metrics["train/kl"])
@@ -232,7 +268,7 @@ def test_metrics_describe_the_step_before_its_update():
 def test_the_first_step_uses_a_centre_of_0_and_the_second_that_of_the_first():
     state = TrainState.create(CONFIG, NUM_SAMPLES)
     with torch.no_grad():
-        logits = state.teacher([batch(0).global_crops])
+        logits, _ = state.teacher([batch(0).global_crops])
     train_step(state, batch(0))
     torch.testing.assert_close(state.objective.center, 0.1 * logits.mean(dim=0))
 

@@ -13,7 +13,7 @@ import pytest
 from click.shell_completion import ShellComplete
 
 from orchestrator import cli, records
-from orchestrator.catalog import sweep_names
+from orchestrator.catalog import recipes, sweep_names
 from orchestrator.errors import RunFailed
 from orchestrator.overrides import flatten, override
 from orchestrator.records import RunRecord
@@ -168,7 +168,7 @@ def test_recipes_and_sweeps_are_listed_one_line_each(capsys: pytest.CaptureFixtu
     assert cli.main(["sweeps"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == [
-        *("quickstart", "cifar10_tiny", "dino_vits16", "dino_resnet50"),
+        *recipes(),
         *sweep_names(),
     ]
 
@@ -356,6 +356,7 @@ def test_dry_run_of_a_sweep_of_rows_says_what_each_sets(capsys: pytest.CaptureFi
     text = capsys.readouterr().out
     assert "local_2   pretrain.crops.num_local_crops=2; paper: eval/linear_top1 74.5, cost/hours 51, cost/gpu_" in text
     assert "local_2-s1" in text
+    assert "each as 2 global and 0 to 10 local crops" in text
     assert "trials            8 = 4 combinations x 2 seeds" in text
     assert "the paper's       ImageNet-1k, ViT-S/16, 300 epochs on 16 GPUs" in text
     assert re.search(r"pretrain\.crops\.num_local_crops +varies: 0, 2, 6, 10\n", text)
@@ -370,7 +371,7 @@ def test_dry_run_of_a_sweep_of_rows_says_what_each_sets(capsys: pytest.CaptureFi
         (["pretrain"], "di", ["dino_vits16", "dino_resnet50"]),
         (["pretrain", "quickstart"], "pretrain.stu", ["pretrain.student.temp="]),
         (["sweep"], "cr", ["crop_scale", "crops"]),
-        (["sweep"], "ci", ["cifar10_tiny"]),
+        (["sweep"], "cifar10_t", ["cifar10_tiny"]),
         (["pretrain", "quickstart", "--method"], "s", ["simsiam", "simclr", "swav"]),
         (["sweep"], "my-", ["my-"]),
         (["sweep", "quickstart"], "sweep.se", ["sweep.seeds="]),

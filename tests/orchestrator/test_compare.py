@@ -32,8 +32,8 @@ LN_K = math.log(1024)
 
 def trial(name: str = "t", knn: Curve | None = None, seed: int = 0, **params: object) -> TrialSummary:
     curves: dict[str, Curve] = {
-        "train/loss": [(0, 6.9), (10, 5.0)],
-        "train/teacher_entropy": [(0, LN_K), (10, 0.5 * LN_K)],
+        "train/loss": [(0, 6.9), (5, 5.5), (10, 5.0)],
+        "train/teacher_entropy": [(0, LN_K), (5, 0.5 * LN_K), (10, 0.5 * LN_K)],
         "train/images_per_s": [(0, 1.0), (10, 100.0), (20, 102.0)],
     }
     if knn is not None:
@@ -230,20 +230,54 @@ def test_in_a_narrow_terminal_the_papers_other_numbers_go_first() -> None:
     ("share", "loss", "health"),
     [
         (0.5, 5.0, "healthy"),
-        (0.979, 5.0, "healthy"),
-        (0.981, 5.0, "collapsed: uniform"),
-        (1.0, 5.0, "collapsed: uniform"),
-        (0.011, 5.0, "healthy"),
-        (0.009, 5.0, "collapsed: one prototype"),
-        (0.5, math.nan, "loss not finite"),
+        (0.979, LN_K, "healthy"),
+        (0.981, LN_K, "uniform collapse"),
+        (0.981, 5.0, "healthy"),  # the student has not followed: one signal alone
+        (0.021, 0.5, "healthy"),
+        (0.019, 0.5, "one-hot collapse"),
+        (0.019, 5.0, "healthy"),
+        (0.5, math.nan, "diverged"),
         (math.nan, 5.0, "unknown"),
     ],
 )
-def test_health_follows_the_newest_teacher_entropy(share: float, loss: float, health: str) -> None:
+def test_health_of_a_record_without_the_newer_metrics(share: float, loss: float, health: str) -> None:
     summary = trial()
-    summary.curves["train/teacher_entropy"] = [(0, LN_K), (10, share * LN_K)]
-    summary.curves["train/loss"] = [(0, 6.0), (10, loss)]
+    summary.curves["train/teacher_entropy"] = [(step, share * LN_K) for step in (10, 20, 30)]
+    summary.curves["train/loss"] = [(step, loss) for step in (10, 20, 30)]
     assert summary.health == health
+    assert (summary.diagnosis.step == 10) == summary.diagnosis.is_bad
+
+
+def test_the_cause_comes_from_the_configuration() -> None:
+    summary = trial(**{"pretrain.teacher.centering": "none", "pretrain.steps": 30, "pretrain.epochs": None})
+    steps = (10, 20, 30)
+    summary.curves["train/teacher_entropy"] = [(step, 0.0) for step in steps]
+    summary.curves["train/loss"] = [(step, 0.1) for step in steps]
+    assert summary.health == "one-hot collapse"
+    assert "pretrain.teacher.centering = none" in summary.diagnosis.cause
+
+
+def test_a_run_that_ended_before_it_logged_its_loss_diverged() -> None:
+    reason = "NonFiniteLossError: the loss of step 12 is nan"
+    summary = TrialSummary("id", "n", "failed", curves={"train/loss": [(0, 5.0)]}, reason=reason)
+    assert (summary.health, summary.diagnosis.step) == ("diverged", 12)
+
+
+def test_a_loss_without_prototypes_has_health_but_no_entropy() -> None:
+    summary = trial(**{"pretrain.head.num_prototypes": None, "pretrain.loss.name": "mse"})
+    steps = (10, 20, 30)
+    del summary.curves["train/teacher_entropy"]
+    summary.curves["train/loss"] = [(step, 1.0) for step in steps]
+    summary.curves["train/target_std"] = [(step, 0.9) for step in steps]
+    assert (summary.health, summary.entropy_share, summary.entropy_shares) == ("healthy", None, [])
+    for form in ("table", "markdown", "csv", "html"):
+        assert "healthy" in render(compare([summary]), form)
+
+
+def test_a_configuration_of_another_version_has_no_health() -> None:
+    summary = trial(**{"pretrain.loss.name": "of tomorrow", "pretrain.new.key": 1})
+    assert summary.health == "unknown"
+    assert "pretrain.loss.name = of tomorrow" in summary.diagnosis.evidence[0]
 
 
 def test_a_trial_that_logged_nothing_has_no_health() -> None:

@@ -55,8 +55,8 @@ def trial(i: int, *, name: str | None = None, health: float = 0.5, seed: int = 0
         "pretrain.teacher.temp": f"0.0{i}",
     }
     curves: dict[str, Curve] = {
-        "train/loss": [(step, 4.0 - 0.01 * step) for step in range(0, 50, 10)],
-        "train/teacher_entropy": [(0, LN_K), (40, health * LN_K)],
+        "train/loss": [(step, LN_K - 0.01 * step * (1 - health)) for step in range(0, 50, 10)],
+        "train/teacher_entropy": [(0, 0.7 * LN_K), *((step, health * LN_K) for step in range(10, 50, 10))],
         "train/images_per_s": [(0, 50.0), (40, 200.0)],
         KNN_METRIC: [(0, 60.0), (50, 70.0 + i)],
     }
@@ -85,7 +85,9 @@ def test_the_report_tells_everything(comparison: Comparison, tmp_path: Path) -> 
         "72.00",
         "+12.00",
         "trial-2: teacher.temp 0.02",
-        "collapsed: uniform",
+        "trial-2: uniform collapse from step 20",
+        "teacher entropy 0.999 of ln K; loss 4.159, that of outputs without information 4.159.",
+        "Likely cause: the head has no batch norm",
         "98.25",
         "A note.",
         SMOKE_TEST,
@@ -97,6 +99,29 @@ def test_the_report_tells_everything(comparison: Comparison, tmp_path: Path) -> 
     assert page.count("svg") == 4
     assert page.count("polyline") == 4 * 3
     assert page.count("details") == 1
+
+
+def test_only_collapsed_trials_are_explained(comparison: Comparison) -> None:
+    text = Page(render_report(comparison, title="t")).text
+    assert text.count("Likely cause") == 1
+    healthy = Page(render_report(compare([trial(0), trial(1)]), title="t")).text
+    assert "Likely cause" not in healthy
+    assert "collapsed or diverged0" in healthy
+
+
+def test_rank_has_a_chart_where_it_was_logged() -> None:
+    trials = [trial(0), trial(1)]
+    trials[1].curves["train/feature_rank"] = [(0, 10.0), (40, 8.5)]
+    page = Page(render_report(compare(trials), title="t"))
+    assert page.count("svg") == 5
+    assert "Rank of the features" in page.text
+
+
+def test_a_trial_without_prototypes_has_no_entropy_to_draw() -> None:
+    other = trial(0, **{"pretrain.head.num_prototypes": "None", "pretrain.loss.name": "info_nce"})
+    del other.curves["train/teacher_entropy"]
+    page = Page(render_report(compare([other, trial(1)]), title="t"))
+    assert page.count("polyline") == 3 + 4
 
 
 def test_the_page_asks_for_nothing_and_runs_nothing(comparison: Comparison) -> None:

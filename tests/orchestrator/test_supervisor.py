@@ -58,6 +58,23 @@ def test_plain_lines_say_where_a_run_stands(run: Path, ledger: Ledger) -> None:
     ]
 
 
+def test_a_run_without_prototypes_shows_no_entropy(tmp_path: Path) -> None:
+    RunRecord(
+        run_id="run-2",
+        experiment="test",
+        recipe="quickstart",
+        seed=0,
+        config={"pretrain.batch_size": 10, "pretrain.head.num_prototypes": None},
+        derived={"total_steps": 50.0},
+    ).write(tmp_path)
+    journal = Journal(tmp_path)
+    journal.log(10, {"train/loss": 1.5, "train/target_std": 0.9})
+    journal.close()
+    run = RunProgress.of(tmp_path, "byol")
+    run.refresh()
+    assert run.cells() == ["10/50", "1.500", "", "", "", ""]
+
+
 def supervise_run(run: Path, ledger: Ledger, launch: object, start_timeout_s: float = 60.0) -> None:
     supervise(
         launch,  # type: ignore[arg-type]

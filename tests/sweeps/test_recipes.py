@@ -20,7 +20,7 @@ def values(recipe: str, prefix: str = "pretrain.") -> dict[str, Any]:
 
 
 def test_the_recipes_that_are_promised() -> None:
-    assert list(recipes()) == ["quickstart", "cifar10_tiny", "dino_vits16", "dino_resnet50"]
+    assert list(recipes()) == ["quickstart", "cifar10_tiny", "cifar10_resnet18", "dino_vits16", "dino_resnet50"]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
