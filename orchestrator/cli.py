@@ -90,6 +90,12 @@ def _complete_settings(ctx: click.Context, _param: click.Parameter, incomplete: 
     return [CompletionItem(f"{key}=", help=allowed) for key, allowed in complete_keys(incomplete, keys)]
 
 
+def _complete_methods(incomplete: str) -> list[CompletionItem]:
+    from dino_core.methods import METHODS
+
+    return [CompletionItem(name) for name in METHODS if name.startswith(incomplete)]
+
+
 _settings = click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...", shell_complete=_complete_settings)
 _config_file = click.option(
     "--config",
@@ -98,6 +104,12 @@ _config_file = click.option(
     type=click.Path(),
     help="YAML or JSON file of settings, applied before KEY=VALUE.",
 )
+_method = click.option(
+    "--method",
+    metavar="NAME",
+    help="Turn the recipe into this method (byol, swav, ...), before other changes.",
+    shell_complete=lambda _ctx, _param, incomplete: _complete_methods(incomplete),
+)
 _dry_run = click.option("--dry-run", is_flag=True, help="Check everything, print what would run, start nothing.")
 
 
@@ -105,11 +117,18 @@ _dry_run = click.option("--dry-run", is_flag=True, help="Check everything, print
 @click.argument("recipe", required=False, shell_complete=_complete_recipes)
 @_settings
 @_config_file
+@_method
 @click.option("--local", is_flag=True, help="Train in this process, without Ray (short for cluster.launcher=local).")
 @click.option("--resume", "run", metavar="RUN_ID", help="Go on with an earlier run; needs no RECIPE.")
 @_dry_run
 def pretrain(
-    recipe: str | None, settings: tuple[str, ...], config_file: str | None, local: bool, run: str | None, dry_run: bool
+    recipe: str | None,
+    settings: tuple[str, ...],
+    config_file: str | None,
+    method: str | None,
+    local: bool,
+    run: str | None,
+    dry_run: bool,
 ) -> None:
     """Pre-train a backbone by RECIPE.
 
@@ -121,16 +140,16 @@ def pretrain(
     if local and changes.setdefault("cluster.launcher", "local") != "local":
         raise ConfigError(f"cluster.launcher = {changes['cluster.launcher']}: must be local with --local")
     if run is not None:
-        _refuse_with_resume({"--dry-run": dry_run})
+        _refuse_with_resume({"--method": method, "--dry-run": dry_run})
         _resume_run(run, recipe, changes)
         return
     if recipe is None:
         raise click.UsageError("Missing argument 'RECIPE'; `recipes` lists what there is.")
     from orchestrator.catalog import load_recipe
-    from orchestrator.overrides import override
+    from orchestrator.overrides import merge_changes, override
     from orchestrator.preflight import check_launcher, check_model
 
-    config = override(load_recipe(recipe), changes)
+    config = override(load_recipe(recipe), merge_changes(_changes_of(method), changes))
     check_launcher(config)
     check_model(config)
     if dry_run:
@@ -140,7 +159,7 @@ def pretrain(
         return
     from orchestrator.pretrain import pretrain as run_pretrain
 
-    run_pretrain(config, recipe=recipe)
+    run_pretrain(config, recipe=recipe, method=method)
 
 
 @cli.command()
@@ -156,6 +175,7 @@ def pretrain(
 )
 @click.option("--seeds", type=click.IntRange(min=1), metavar="N", help="Seeds of each combination.")
 @click.option("--base", metavar="RECIPE", help="Start from another recipe.", shell_complete=_complete_recipes)
+@_method
 @click.option("--resume", "name", metavar="NAME", help="Finish an earlier sweep; its finished trials stay as they are.")
 @_dry_run
 def sweep(
@@ -165,14 +185,15 @@ def sweep(
     vary: tuple[str, ...],
     seeds: int | None,
     base: str | None,
+    method: str | None,
     name: str | None,
     dry_run: bool,
 ) -> None:
     """Run an ablation and compare its trials.
 
-    Every combination of the values that the sweep varies is a trial. SWEEP|FILE is a built-in sweep, a FILE.py that
-    defines SWEEP, a FILE.yaml, or a recipe together with --vary. The sweep's own settings have keys too:
-    sweep.scheduler=asha sweep.grace_steps=100 sweep.metric=train/loss ...
+    Each row of the sweep with each combination of the values that it varies is a trial. SWEEP|FILE is a built-in
+    sweep, a FILE.py that defines SWEEP, a FILE.yaml, or a recipe together with --vary. The sweep's own settings have
+    keys too: sweep.scheduler=asha sweep.grace_steps=100 sweep.metric=train/loss ...
 
     \b
     dino sweep quickstart
@@ -181,12 +202,13 @@ def sweep(
     """
     sweep, changes = _name_and_changes(sweep, settings, config_file)
     if name is not None:
-        _refuse_with_resume({"--vary": vary, "--seeds": seeds, "--base": base, "--dry-run": dry_run})
+        given = {"--vary": vary, "--seeds": seeds, "--base": base, "--method": method, "--dry-run": dry_run}
+        _refuse_with_resume(given)
         _resume_sweep(name, sweep, changes)
         return
     if sweep is None:
         raise click.UsageError("Missing argument 'SWEEP|FILE'; `sweeps` lists what there is.")
-    defined = _define_sweep(sweep, changes, vary, seeds, base)
+    defined = _define_sweep(sweep, changes, vary, seeds, base, method)
     from orchestrator.sweep import expand
 
     trials = expand(defined)
@@ -280,30 +302,44 @@ def _name_and_changes(
 
 
 def _define_sweep(
-    name: str, changes: dict[str, Any], vary: Sequence[str], seeds: int | None, base: str | None
+    name: str, changes: dict[str, Any], vary: Sequence[str], seeds: int | None, base: str | None, method: str | None
 ) -> Sweep:
     """The sweep that the command line asks for."""
     from orchestrator.catalog import load_recipe
-    from orchestrator.sweep import load_sweep, parse_vary, with_settings, with_vary
+    from orchestrator.sweep import with_settings, with_vary
+    from orchestrator.sweep_file import load_sweep, parse_vary
 
+    _changes_of(method)
     if seeds is not None and "sweep.seeds" in changes:
         raise ConfigError(f"sweep.seeds: given twice, as --seeds {seeds} and {changes['sweep.seeds']}")
     defined = load_sweep(name)
     if base is not None:
         load_recipe(base)
         defined = dataclasses.replace(defined, base=base)
+    if method is not None:
+        defined = dataclasses.replace(defined, method=method)
     defined = with_settings(with_vary(defined, parse_vary(vary)), changes)
     if seeds is not None:
         defined = dataclasses.replace(defined, seeds=seeds)
-    if not defined.space and defined.seeds == 1:
+    if not defined.rows and not defined.space and defined.seeds == 1:
         raise ConfigError(f"{name}: varies nothing; give --vary KEY=V1,V2 or --seeds N, or use `pretrain`")
     return defined
+
+
+def _changes_of(method: str | None) -> Mapping[str, Any]:
+    """What a method changes; nothing for none. Raises ConfigError naming the nearest method."""
+    from dino_core.methods import METHODS, check_method
+
+    if method is None:
+        return {}
+    check_method(method)
+    return METHODS[method]
 
 
 def _resume_sweep(name: str, given: str | None, changes: dict[str, Any]) -> None:
     from orchestrator.records import SWEEP_FILE
     from orchestrator.runs import find_folder
-    from orchestrator.sweep import load_sweep
+    from orchestrator.sweep_file import load_sweep
 
     changes, storage = _resume_changes(changes)
     begun = json.loads((find_folder(name, storage, "sweep") / SWEEP_FILE).read_text())["sweep"]

@@ -14,7 +14,7 @@ import math
 import shutil
 import statistics
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeVar
 
@@ -27,8 +27,18 @@ T = TypeVar("T")
 Format = Literal["table", "markdown", "csv", "html"]
 
 KNN_METRIC = "eval/knn_top1"
+ROW = "row"
+"""Stands in place of all keys that a sweep's rows set."""
+PAPER = "paper"
+"""Title of the column of the paper's numbers."""
 
-_UNSEEN_PREFIXES = ("tracking.", "derived/")
+_TITLES = {
+    KNN_METRIC: "k-NN %",
+    "eval/linear_top1": "linear %",
+    "cost/hours": "hours",
+    "cost/gpu_memory_gb": "GB per GPU",
+}
+_UNSEEN_PREFIXES = ("tracking.", "derived/", "paper/")
 _UNSEEN_KEYS = frozenset(
     f"cluster.{name}"
     for name in ("address", "keep_checkpoints", "max_concurrent_trials", "max_failures", "start_timeout_s", "storage")
@@ -43,7 +53,7 @@ class Row:
     """1 is best; None if the trial has no finite value of the metric."""
     trial: TrialSummary
     params: dict[str, str]
-    """Only the keys that differ between the trials."""
+    """Only the keys of the comparison."""
     value: float | None
     step: int | None
     """Where `value` was measured."""
@@ -54,6 +64,10 @@ class Row:
     def gain(self) -> float | None:
         """`value` minus that of random weights."""
         return self.value - self.random_weights if self.value is not None and self.random_weights is not None else None
+
+    def paper(self, metric: str) -> float | None:
+        """The paper's number for this trial."""
+        return self.trial.paper.get(metric)
 
 
 @dataclass(frozen=True)
@@ -75,6 +89,10 @@ class Group:
         """Sample standard deviation over seeds; None below two seeds."""
         return statistics.stdev(self.values.values()) if len(self.values) > 1 else None
 
+    def paper(self, metric: str) -> float | None:
+        """The paper's number for this configuration."""
+        return self.rows[0].paper(metric)
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -83,7 +101,8 @@ class Comparison:
     metric: str
     mode: Mode
     keys: tuple[str, ...]
-    """Dotted keys that differ between the trials; the seed is never one of them."""
+    """Dotted keys that differ between the trials, with `row` in place of those that follow from a sweep's row; the seed
+    is never one of them."""
     rows: tuple[Row, ...]
     groups: tuple[Group, ...]
 
@@ -97,6 +116,20 @@ class Comparison:
         """The metric at step 0, mean over the trials that have it."""
         values = [row.random_weights for row in self.rows if row.random_weights is not None]
         return statistics.fmean(values) if values else None
+
+    @property
+    def paper_metrics(self) -> tuple[str, ...]:
+        """What the paper gives numbers of, that which is compared first."""
+        found = dict.fromkeys(metric for row in self.rows for metric in sorted(row.trial.paper))
+        return tuple(sorted(found, key=lambda metric: metric != self.metric))
+
+    @property
+    def paper_note(self) -> str:
+        """What the paper's numbers are, in a line; empty where there are none."""
+        if not self.paper_metrics:
+            return ""
+        settings = dict.fromkeys(row.trial.paper_setting for row in self.rows if row.trial.paper)
+        return f"The paper's numbers are at its own scale: {'; '.join(filter(None, settings)) or 'not told'}."
 
 
 def compare(trials: Sequence[TrialSummary], metric: str = KNN_METRIC, mode: Mode = "max") -> Comparison:
@@ -120,10 +153,19 @@ def compare(trials: Sequence[TrialSummary], metric: str = KNN_METRIC, mode: Mode
 
 
 def differing_keys(trials: Sequence[TrialSummary]) -> tuple[str, ...]:
-    """Dotted keys whose values are not the same in all trials, without the seed and what cannot change a result."""
+    """Dotted keys whose values are not the same in all trials, without the seed and what cannot change a result.
+
+    Where all trials belong to rows of a sweep, `row` comes first and the keys that are the same within each row are
+    left out.
+    """
     keys = {key for trial in trials for key in trial.params} - _UNSEEN_KEYS - {SEED_KEY}
     keys = {key for key in keys if not key.startswith(_UNSEEN_PREFIXES)}
-    return tuple(sorted(key for key in keys if len({trial.params.get(key) for trial in trials}) > 1))
+    differing = sorted(key for key in keys if len({trial.params.get(key) for trial in trials}) > 1)
+    if not all(trial.row for trial in trials):
+        return tuple(differing)
+    pairs = {key: {(trial.row, trial.params.get(key)) for trial in trials} for key in differing}
+    num_rows = len({trial.row for trial in trials})
+    return (ROW, *(key for key in differing if len(pairs[key]) > num_rows))
 
 
 def _row(trial: TrialSummary, keys: Sequence[str], metric: str) -> Row:
@@ -172,9 +214,11 @@ def trial_table(comparison: Comparison) -> Table:
     columns: list[tuple[str, bool, Callable[[Row], str]]] = [
         ("#", True, lambda row: number(row.rank, 0)),
         ("trial", False, lambda row: row.trial.name),
-        *((key, True, lambda row, key=key: row.params[key] or "-") for key in comparison.keys),
+        # A trial's name begins with its row.
+        *((key, True, lambda row, key=key: row.params[key] or "-") for key in comparison.keys if key != ROW),
         *([("seed", True, lambda row: number(row.trial.seed, 0))] if with_seed else []),
         (metric_title(comparison.metric), True, lambda row: number(row.value, 2)),
+        *_paper_columns(comparison),
         ("vs random", True, lambda row: number(row.gain, 2, sign=True)),
         ("loss", True, lambda row: number(row.trial.last("train/loss"), 3)),
         ("entropy / ln K", True, lambda row: number(row.trial.entropy_share, 3)),
@@ -190,13 +234,24 @@ def configuration_table(comparison: Comparison) -> Table:
     title = metric_title(comparison.metric)
     columns: list[tuple[str, bool, Callable[[Group], str]]] = [
         ("#", True, lambda group: number(group.rank, 0)),
-        *((key, True, lambda group, key=key: group.params[key] or "-") for key in comparison.keys),
+        *((key, key != ROW, lambda group, key=key: group.params[key] or "-") for key in comparison.keys),
         (f"{title}, mean", True, lambda group: number(group.mean, 2)),
         ("sd", True, lambda group: number(group.sd, 2)),
+        *_paper_columns(comparison),
         ("seeds", True, lambda group: str(len(group.values))),
         ("runs", True, lambda group: str(len(group.rows))),
     ]
     return _table("Configurations", columns, comparison.groups)
+
+
+def _paper_columns(comparison: Comparison) -> Iterator[tuple[str, bool, Callable[[Row | Group], str]]]:
+    """The paper's number of the metric beside ours, then what else the paper gives; nothing where it gives nothing."""
+    for metric in comparison.paper_metrics:
+        yield PAPER if metric == comparison.metric else f"{PAPER}, {metric_title(metric)}", True, _paper_cell(metric)
+
+
+def _paper_cell(metric: str) -> Callable[[Row | Group], str]:
+    return lambda item: number(item.paper(metric), 1)
 
 
 def _table(title: str, columns: list[tuple[str, bool, Callable[[T], str]]], items: Iterable[T]) -> Table:
@@ -205,7 +260,7 @@ def _table(title: str, columns: list[tuple[str, bool, Callable[[T], str]]], item
 
 
 def metric_title(metric: str) -> str:
-    return "k-NN %" if metric == KNN_METRIC else metric
+    return _TITLES.get(metric, metric)
 
 
 def number(value: float | None, digits: int, *, sign: bool = False) -> str:
@@ -218,7 +273,9 @@ def render(comparison: Comparison, form: Format) -> str:
     if form == "csv":
         return _csv(comparison)
     draw = {"table": _plain, "markdown": _markdown, "html": html_table}[form]
-    return "\n".join(draw(table) for table in tables(comparison))
+    text = "\n".join(draw(table) for table in tables(comparison))
+    note = comparison.paper_note
+    return text + (f"<p>{html.escape(note)}</p>\n" if form == "html" else f"\n{note}\n") if note else text
 
 
 def _plain(table: Table) -> str:
@@ -258,7 +315,9 @@ def html_table(table: Table, mark: Callable[[int, str, str], str] = lambda index
 
 
 def _csv(comparison: Comparison) -> str:
-    own = (comparison.metric, f"{comparison.metric} of random weights", "train/loss", "teacher_entropy_share")
+    papers = comparison.paper_metrics
+    own = (comparison.metric, f"{comparison.metric} of random weights", *(f"paper/{metric}" for metric in papers))
+    own = (*own, "train/loss", "teacher_entropy_share")
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(
@@ -266,7 +325,7 @@ def _csv(comparison: Comparison) -> str:
     )
     for row in comparison.rows:
         trial = row.trial
-        values = (row.value, row.random_weights, trial.last("train/loss"), trial.entropy_share)
+        values = (row.value, row.random_weights, *map(row.paper, papers), trial.last("train/loss"), trial.entropy_share)
         end = (trial.health, trial.status, trial.last_step, trial.images_per_s)
         writer.writerow((row.rank, trial.run_id, trial.name, *row.params.values(), trial.seed, *values, *end))
     return text.getvalue()
@@ -281,10 +340,10 @@ def rich_tables(comparison: Comparison, width: int | None = None) -> list[RichTa
     Columns that do not fit into `width` characters (None: those of the terminal) are left out and named.
     """
     width = width or shutil.get_terminal_size().columns
-    return [_rich_table(table, width) for table in tables(comparison)]
+    return [_rich_table(table, width, comparison.paper_note) for table in tables(comparison)]
 
 
-def _rich_table(table: Table, width: int) -> RichTable:
+def _rich_table(table: Table, width: int, note: str = "") -> RichTable:
     from rich.box import SIMPLE_HEAD
     from rich.markup import escape
     from rich.table import Table as RichTable
@@ -297,12 +356,15 @@ def _rich_table(table: Table, width: int) -> RichTable:
         for i, header in enumerate(table.headers)
     }
     left_out = []
-    for header in _FIRST_TO_GO:
+    # The paper's other numbers go before any of ours.
+    first = [header for header in table.headers if header.startswith(f"{PAPER}, ")]
+    for header in (*first, *_FIRST_TO_GO):
         if header in widths and sum(widths.values()) > width:
             left_out.append(header)
             del widths[header]
     shown = [i for i, header in enumerate(table.headers) if header in widths]
-    remarks = [f"left out for want of width: {', '.join(left_out)}"] if left_out else []
+    remarks = [note] if note else []
+    remarks += [f"left out for want of width: {', '.join(left_out)}"] if left_out else []
     if any(header.startswith("pretrain.") for header in table.headers):
         remarks.append("keys are shown without their prefix pretrain.")
     caption = "\n".join(remarks) or None

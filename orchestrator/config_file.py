@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,11 @@ MAX_BYTES = 1_000_000
 MAX_VALUES = 10_000
 
 
-def load_file(path: str | Path) -> dict[str, Any]:
-    """The settings of a YAML or JSON file by dotted key. Raises ConfigError with file and, where it can, line."""
+def load_file(path: str | Path, *, whole: Collection[str] = ()) -> dict[str, Any]:
+    """The settings of a YAML or JSON file by dotted key. Raises ConfigError with file and, where it can, line.
+
+    What stands under the names in `whole` is no setting and is left as it is.
+    """
     path = Path(path)
     readers: dict[str, Callable[[str], Any]] = {".yaml": _read_yaml, ".yml": _read_yaml, ".json": _read_json}
     if path.suffix not in readers:
@@ -50,11 +53,20 @@ def load_file(path: str | Path) -> dict[str, Any]:
         return {}
     if not isinstance(settings, dict):
         raise ConfigError(f"{path}: must hold settings such as `pretrain.seed: 1`, not {type(settings).__name__}")
+    try:
+        flat = dotted({name: value for name, value in settings.items() if name not in whole})
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    return flat | {name: settings[name] for name in whole if name in settings}
+
+
+def dotted(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings by dotted key. Raises ConfigError where one is given twice."""
     flat: dict[str, Any] = {}
     try:
         _flatten(settings, "", flat)
     except _GivenTwice as error:
-        raise ConfigError(f"{path}: {error}") from None
+        raise ConfigError(str(error)) from None
     return flat
 
 

@@ -41,7 +41,7 @@ class ModelSize:
     head: int
     """Parameters of the student's head."""
     weights: int
-    """Bytes: student, its gradients, the optimiser's moments, teacher."""
+    """Bytes: student, its gradients, the optimiser's moments, teacher, queue of negatives."""
     activations: int
     """Bytes that autograd holds between the student's forward and backward pass, in fp32."""
     logits: int
@@ -66,7 +66,7 @@ def print_run(config: RunConfig, recipe: str, write: Callable[[str], None] = pri
         "needs": _demand(config),
         "data": source.describe(),
         "steps": f"{steps:,} = {steps / schedules.steps_per_epoch:,.4g} epochs",
-        "images": f"{steps * config.pretrain.batch_size:,}, {_crops(config)}",
+        "images": f"{steps * config.pretrain.batch_size:,}, {_crops([config])}",
         "learning rate": f"{schedules.peak_lr:g} at its peak",
         **_size_lines(config, size),
         **_record_lines(config, recipe, recipe),
@@ -77,7 +77,7 @@ def print_run(config: RunConfig, recipe: str, write: Callable[[str], None] = pri
 def print_sweep(sweep: Sweep, trials: Sequence[Trial], write: Callable[[str], None] = print) -> None:
     """Print a sweep that was expanded. Raises ConfigError if one of its trials cannot run."""
     sources = open_sources(trial.config for trial in trials)
-    sizes: dict[PretrainConfig, ModelSize] = {}
+    sizes: dict[tuple[object, ...], ModelSize] = {}
     for trial in trials:
         relevant = _what_counts(trial.config)
         if relevant not in sizes:
@@ -87,20 +87,22 @@ def print_sweep(sweep: Sweep, trials: Sequence[Trial], write: Callable[[str], No
     images = sum(count * t.config.pretrain.batch_size for count, t in zip(steps, trials, strict=True))
     write(f"{sweep.name}: dry run of a sweep, nothing is started\n")
     config = trials[0].config
-    _print_config(config, sweep.space, write)
-    _print_trials(trials, write)
+    _print_config(config, _varied(sweep, trials), write)
+    _print_rows(sweep, write)
+    _print_trials(sweep, trials, write)
     combinations = len(trials) // sweep.seeds
     each = f"{min(steps):,}" if min(steps) == max(steps) else f"{min(steps):,} to {max(steps):,}"
     lines = {
         "trials": f"{len(trials)} = {_number(combinations, 'combination')} x {_number(sweep.seeds, 'seed')}",
         "compared by": f"{sweep.metric}, {sweep.mode}",
+        **({"the paper's": sweep.paper_setting} if sweep.paper_setting else {}),
         "scheduler": _scheduler(sweep),
         "launcher": _LAUNCHERS[resolve_launcher(config.cluster, in_sweep=True)],
         "each trial needs": _demand(config),
         "at once": _at_once(config, len(trials)),
         "data": "; ".join(source.describe() for source in sources.values()),
         "steps": f"{each} per trial, {sum(steps):,} in all",
-        "images": f"{images:,} in all, {_crops(config)}",
+        "images": f"{images:,} in all, {_crops([trial.config for trial in trials])}",
         **_size_lines(largest.config, sizes[_what_counts(largest.config)], "largest trial: " if len(sizes) > 1 else ""),
         **_record_lines(config, sweep.name, sweep.name),
     }
@@ -117,18 +119,20 @@ def measure(config: RunConfig) -> ModelSize:
     with torch.device("meta"):
         student = build_student(pretrain)
     backbone, head = (sum(p.numel() for p in part.parameters()) for part in (student.backbone, student.head))
-    predictor = 0 if student.predictor is None else sum(p.numel() for p in student.predictor.parameters())
+    everything = sum(p.numel() for p in student.parameters())
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
     per_worker = pretrain.batch_size // config.cluster.num_workers
+    per_pass = per_worker // pretrain.accumulate_steps
     num_crops = 2 + pretrain.crops.num_local_crops
     num_outputs = pretrain.head.num_prototypes or pretrain.head.bottleneck_dim
+    queue = (pretrain.loss.queue_size or 0) * num_outputs
     return ModelSize(
         backbone=backbone,
-        head=head + predictor,
-        weights=_FLOAT * (2 * (backbone + head) + predictor + trained * (1 + _MOMENTS[pretrain.optim.name])),
-        activations=_held_by_autograd(student, pretrain, per_worker // pretrain.accumulate_steps),
-        # student: logits, log-softmax, gradient; teacher: logits, softmax
-        logits=_FLOAT * per_worker * num_outputs * (3 * num_crops + 2 * 2),
+        head=head,
+        weights=_FLOAT * (everything + backbone + head + trained * (1 + _MOMENTS[pretrain.optim.name]) + queue),
+        activations=_held_by_autograd(student, pretrain, per_pass),
+        # student, of one pass: logits, log-softmax, gradient; teacher, of the whole batch: logits, softmax
+        logits=_FLOAT * num_outputs * (3 * num_crops * per_pass + 2 * 2 * per_worker),
     )
 
 
@@ -160,21 +164,12 @@ def _held_by_autograd(student: nn.Module, config: PretrainConfig, num_images: in
     return sum(size for storage, size in saved.items() if storage not in parameters)
 
 
-def _what_counts(config: RunConfig) -> PretrainConfig:
+def _what_counts(config: RunConfig) -> tuple[object, ...]:
     """A key under which runs with models and steps of one size are measured once."""
-    from dataclasses import replace
-
-    pretrain, plain = config.pretrain, PretrainConfig()
-    crops = replace(
-        plain.crops,
-        num_local_crops=pretrain.crops.num_local_crops,
-        global_size=pretrain.crops.global_size,
-        local_size=pretrain.crops.local_size,
-    )
-    optim = replace(plain.optim, name=pretrain.optim.name)
-    return replace(
-        plain, batch_size=pretrain.batch_size, model=pretrain.model, head=pretrain.head, crops=crops, optim=optim
-    )
+    pretrain, crops = config.pretrain, config.pretrain.crops
+    sizes = (pretrain.batch_size, pretrain.accumulate_steps, pretrain.loss.queue_size, pretrain.optim.name)
+    shapes = (crops.num_local_crops, crops.global_size, crops.local_size)
+    return (pretrain.model, pretrain.head, pretrain.predictor, *sizes, *shapes)
 
 
 def _print_config(config: RunConfig, space: Mapping[str, Sequence[Any]], write: Callable[[str], None]) -> None:
@@ -182,13 +177,40 @@ def _print_config(config: RunConfig, space: Mapping[str, Sequence[Any]], write: 
     width = max(map(len, flat))
     write("Configuration")
     for key, value in flat.items():
-        shown = "varies: " + ", ".join(map(show_value, space[key])) if key in space else show_value(value)
+        shown = (
+            "varies: " + ", ".join(map(show_value, space[key])) if len(space.get(key, ())) > 1 else show_value(value)
+        )
         write(f"  {key:<{width}}  {shown}")
     write("")
 
 
-def _print_trials(trials: Sequence[Trial], write: Callable[[str], None]) -> None:
-    names = short_names(list(trials[0].changes))
+def _varied(sweep: Sweep, trials: Sequence[Trial]) -> dict[str, list[Any]]:
+    """The values that each key takes over the trials, of the keys that rows set or the space varies."""
+    flat = [flatten(trial.config) for trial in trials]
+    keys = {*sweep.space, *(key for trial in trials for key in trial.changes)}
+    found: dict[str, list[Any]] = {key: [] for key in keys}
+    for values in flat:
+        for key in keys:
+            if values[key] not in found[key]:
+                found[key].append(values[key])
+    return found
+
+
+def _print_rows(sweep: Sweep, write: Callable[[str], None]) -> None:
+    """What each row sets, and the paper's numbers for it."""
+    lines = {}
+    for name, row in sweep.rows.items():
+        parts = [f"method {row.method}"] if row.method else []
+        parts += [f"{key}={show_value(value)}" for key, value in row.changes.items()]
+        numbers = ", ".join(f"{metric} {value:g}" for metric, value in row.paper.items())
+        lines[name] = ", ".join(parts or ["the base as it is"]) + (f"; paper: {numbers}" if numbers else "")
+    if lines:
+        _print_lines("Rows", lines, write)
+        write("")
+
+
+def _print_trials(sweep: Sweep, trials: Sequence[Trial], write: Callable[[str], None]) -> None:
+    names = short_names(list(sweep.space))
     rows = [["trial", *names.values(), "seed"]]
     rows += [[t.trial_id, *(show_value(t.changes[key]) for key in names), str(t.seed)] for t in trials]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -242,10 +264,10 @@ def _scheduler(sweep: Sweep) -> str:
     return f"asha: 1 in {sweep.reduction_factor} goes on, first judged after {sweep.grace_steps} steps"
 
 
-def _crops(config: RunConfig) -> str:
-    crops = config.pretrain.crops
-    local = f" and {crops.num_local_crops} local" if crops.num_local_crops else ""
-    return f"each as 2 global{local} crops"
+def _crops(configs: Sequence[RunConfig]) -> str:
+    counts = sorted({config.pretrain.crops.num_local_crops for config in configs})
+    shown = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
+    return f"each as 2 global{f' and {shown} local' if counts[-1] else ''} crops"
 
 
 def _size_lines(config: RunConfig, size: ModelSize, which: str = "") -> dict[str, str]:

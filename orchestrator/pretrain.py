@@ -52,12 +52,13 @@ class PretrainResult:
         return self.folder / CHECKPOINTS_DIR
 
 
-def pretrain(config: RunConfig, *, recipe: str, local: bool = False) -> PretrainResult:
+def pretrain(config: RunConfig, *, recipe: str, method: str | None = None, local: bool = False) -> PretrainResult:
     """Pre-train a backbone; blocks until it is done.
 
     Args:
         config: The complete run.
         recipe: What to call it.
+        method: The named method whose changes are already in `config`, for the record.
         local: In this process without Ray (`cluster.launcher = local`); under `torchrun`, as one of its processes.
 
     Raises:
@@ -82,6 +83,7 @@ def pretrain(config: RunConfig, *, recipe: str, local: bool = False) -> Pretrain
         experiment=experiment,
         data_digest=source.digest(),
         commit=git_commit(),
+        method=method,
     )
     folder = Path(config.cluster.storage).resolve() / run_id
     return _run(record, folder)

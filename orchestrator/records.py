@@ -176,13 +176,29 @@ class RunRecord:
     config: dict[str, Any]
     """The complete configuration under its dotted keys (`orchestrator.overrides.flatten`)."""
     changes: dict[str, Any] = field(default_factory=dict)
-    """Which keys this trial sets, of those that the sweep varies; empty outside a sweep."""
+    """Which keys this trial sets, by its row and of those that the sweep varies; empty outside a sweep."""
     derived: dict[str, float] = field(default_factory=dict)
     """What was computed from the configuration: scaled lr, total steps, parameters, ..."""
     sweep: str | None = None
+    row: str | None = None
+    """The sweep's row that this trial belongs to."""
+    method: str | None = None
+    """The named method whose changes the recipe got first."""
+    paper: dict[str, float] = field(default_factory=dict)
+    """The paper's numbers for this trial, by metric."""
+    paper_setting: str = ""
+    """What those numbers were measured with."""
     git_commit: str | None = None
     data_digest: str | None = None
     created_at: float = field(default_factory=time.time)
+
+    @property
+    def labels(self) -> dict[str, Any]:
+        """What else than its configuration tells this run from others: row, method, and the paper's numbers."""
+        labels: dict[str, Any] = {"row": self.row, "method": self.method}
+        labels |= {f"paper/{metric}": value for metric, value in self.paper.items()}
+        labels["paper/setting"] = self.paper_setting if self.paper else None
+        return {name: value for name, value in labels.items() if value is not None and value != ""}
 
     def write(self, run_dir: Path) -> None:
         write_json(run_dir / RUN_FILE, asdict(self))

@@ -15,7 +15,7 @@ from pathlib import Path
 from dino_core.diagnosis import ONE_HOT_SHARE, UNIFORM_SHARE
 from orchestrator import compare as comparing
 from orchestrator.charts import NUM_COLOURS, Band, Level, Line, line_chart
-from orchestrator.compare import Comparison, Row, html_table, metric_title, number
+from orchestrator.compare import PAPER, ROW, Comparison, Row, html_table, metric_title, number
 from orchestrator.trials import TrialSummary
 
 SMOKE_TEST = (
@@ -56,12 +56,14 @@ def render_report(
 
     Args:
         baselines: the metric of what was not learned (random weights, raw pixels), by name.
-        notes: sentences to read before the numbers; that digits are a smoke test is added here.
+        notes: sentences to read before the numbers; that digits are a smoke test and what the paper's numbers are is
+            added here.
         commands: what to type next, by what it does.
     """
     baselines = baselines or {}
     digits = any(row.trial.params.get("data.source") == "digits" for row in comparison.rows)
-    notes = list(dict.fromkeys([*([SMOKE_TEST] if digits else []), *notes]))
+    paper = [comparison.paper_note] if comparison.paper_note else []
+    notes = list(dict.fromkeys([*([SMOKE_TEST] if digits else []), *paper, *notes]))
     sections = [
         f"<header><h1>{escape(title)}</h1>{_tiles(comparison)}</header>",
         "".join(f'<p class="note">{escape(note)}</p>' for note in notes),
@@ -110,6 +112,8 @@ def _ranking(comparison: Comparison) -> str:
             return "tag " + ("good" if cell == "healthy" else "" if cell == "unknown" else "bad")
         if header == "status":
             return "tag " + ("bad" if cell in ("failed", "interrupted") else "")
+        if header.startswith(PAPER):
+            return "paper"
         return "main" if header == metric_title(comparison.metric) else ""
 
     parts = [_wide(html_table(comparing.trial_table(comparison), mark))]
@@ -187,7 +191,8 @@ def _curves(comparison: Comparison, baselines: Mapping[str, float]) -> str:
 
 
 def _label(row: Row) -> str:
-    changes = ", ".join(f"{key.removeprefix('pretrain.')} {value}" for key, value in row.params.items())
+    told = {key: value for key, value in row.params.items() if key != ROW}  # the name begins with the row
+    changes = ", ".join(f"{key.removeprefix('pretrain.')} {value}" for key, value in told.items())
     return f"{row.trial.name}: {changes}" if changes else row.trial.name
 
 
@@ -206,7 +211,7 @@ def _legend(rows: Sequence[Row]) -> str:
 
 def _parameters(comparison: Comparison) -> str:
     trials = [row.trial for row in comparison.rows]
-    keys = sorted({key for trial in trials for key in trial.params})
+    keys = sorted({key for trial in trials for key in trial.params if not key.startswith("paper/")})
     shared, differing = [], []
     for key in keys:
         values = [trial.params.get(key, "-") for trial in trials]
@@ -301,7 +306,7 @@ th:first-child,td:first-child{padding-left:0} th:last-child,td:last-child{paddin
 tr:last-child>td{border-bottom:0}
 .number{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 th.number{white-space:normal} td:nth-child(2){white-space:nowrap}
-td.main{font-weight:700} td.tag{white-space:nowrap}
+td.main{font-weight:700} td.paper{color:var(--soft)} td.tag{white-space:nowrap}
 td.key{white-space:nowrap}
 .key::before{content:"";display:inline-block;width:11px;height:11px;margin-right:7px;border-radius:3px;
  background:var(--own)}

@@ -6,6 +6,7 @@ from its newest checkpoint.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Mapping
@@ -163,8 +164,9 @@ def _write_plan(sweep: Sweep) -> _Plan:
             experiment=experiment,
             data_digest=digests[trial.config.data],
             commit=commit,
-            changes=trial.changes,
+            trial=trial,
             sweep=name,
+            paper_setting=sweep.paper_setting,
         )
     if sweep.scheduler == "asha":
         shortest = min(int(record.derived["total_steps"]) for record in records.values())
@@ -178,6 +180,9 @@ def _write_plan(sweep: Sweep) -> _Plan:
         "sweep": sweep.name,
         "recipe": sweep.recipe,
         "experiment": experiment,
+        "method": sweep.method,
+        "rows": {row: dataclasses.asdict(found) for row, found in sweep.rows.items()},
+        "paper_setting": sweep.paper_setting,
         "space": {key: list(values) for key, values in sweep.space.items()},
         "seeds": sweep.seeds,
         "metric": sweep.metric,

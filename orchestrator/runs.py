@@ -21,6 +21,7 @@ from orchestrator.records import RUN_FILE, SWEEP_FILE, RunRecord
 
 if TYPE_CHECKING:
     from orchestrator.data.sources import Source
+    from orchestrator.sweep import Trial
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -71,14 +72,17 @@ def prepare_run(
     experiment: str,
     data_digest: str,
     commit: str | None,
-    changes: Mapping[str, Any] | None = None,
+    method: str | None = None,
+    trial: Trial | None = None,
     sweep: str | None = None,
+    paper_setting: str = "",
 ) -> RunRecord:
     """The record of a run that is to start. Computes what follows from the configuration and the data.
 
     Args:
         data_digest: `source.digest()`, which may have to look at every file, so that trials share one.
         commit: `git_commit()`.
+        trial: What the run is in the sweep of that name, if it is a part of one.
 
     Raises:
         ConfigError: The run has no step.
@@ -98,9 +102,13 @@ def prepare_run(
         recipe=recipe,
         seed=config.pretrain.seed,
         config=flatten(with_absolute_paths(config)),
-        changes=dict(changes or {}),
+        changes=dict(trial.changes) if trial else {},
         derived={name: float(value) for name, value in derived.items()},
         sweep=sweep,
+        row=trial.row if trial else None,
+        method=trial.method if trial else method,
+        paper=dict(trial.paper) if trial else {},
+        paper_setting=paper_setting,
         git_commit=commit,
         data_digest=data_digest,
     )

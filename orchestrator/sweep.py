@@ -1,26 +1,24 @@
-"""What a sweep is: a grid of changes of one configuration, times seeds. Imports neither ray nor torch.
+"""What a sweep is: named rows and a grid of changes of one configuration, times seeds. Imports neither ray nor torch.
 
-`SWEEP = Sweep(base="quickstart", space={"pretrain.teacher.temp": [0.04, 0.07]})` in a Python file is a complete sweep.
+`SWEEP = Sweep(base="quickstart", space={"pretrain.teacher.temp": [0.04, 0.07]})` in a Python file is a complete sweep;
+`orchestrator.sweep_file` finds it there.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.util
 import itertools
 import math
 import re
-import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from dino_core.config import CheckedConfig, ConfigError, number
-from orchestrator.catalog import load_recipe, recipes, sweep_module, sweep_names
+from dino_core.methods import METHODS, check_method
+from orchestrator.catalog import load_recipe
 from orchestrator.config import RunConfig
-from orchestrator.config_file import load_file
 from orchestrator.overrides import (
     ALTERNATIVES,
     Key,
@@ -39,9 +37,13 @@ METRICS = (
     "eval/knn_top1",
     *(f"train/{name}" for name in ("loss", "teacher_entropy", "kl", "grad_norm", "feature_std", "images_per_s")),
     *(f"train/{name}" for name in ("lr", "weight_decay", "teacher_momentum", "teacher_temp", "epoch")),
-    "train/data_wait_share",
+    *(f"train/{name}" for name in ("feature_rank", "target_std", "loss_below_uniform", "prototype_usage")),
+    *("train/center_norm", "train/loss_scale", "train/data_wait_share"),
 )
 """What a run logs, and so what trials can be compared by."""
+
+PAPER_ONLY = ("eval/linear_top1", "cost/hours", "cost/gpu_memory_gb")
+"""What papers give and no run logs yet: linear probe in per cent, time of the whole run, peak memory of one GPU."""
 
 MAX_TRIALS = 10_000
 SEED = "pretrain.seed"
@@ -50,22 +52,43 @@ UNNAMED = "sweep"
 _SHARED = ("cluster.", "tracking.")
 """What all trials of a sweep have in common. It changes no number, so there would be nothing to compare."""
 _MAX_LABEL = 80
+_ROW_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,39}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A named point of a sweep, such as a row of a paper's table."""
+
+    method: str | None = None
+    """A name in `dino_core.methods.METHODS`, whose changes come before `changes`."""
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    """What sets this row apart, by dotted key."""
+    paper: Mapping[str, float] = field(default_factory=dict)
+    """The paper's numbers for this row, by metric: one of `METRICS` or `PAPER_ONLY`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep(CheckedConfig):
-    """Every combination of the values in `space`, each with `seeds` seeds."""
+    """Every row with every combination of the values in `space`, each with `seeds` seeds."""
 
     path: ClassVar[str] = "sweep"
 
     base: RunConfig | str
     """What all trials start from: a configuration, or a recipe's name."""
+    method: str | None = None
+    """A method of `dino_core.methods.METHODS` whose changes `base` gets before all others; not beside rows."""
+    rows: Mapping[str, Row] = field(default_factory=dict)
+    """Named points, each crossed with `space`; a trial's name begins with its row's. What a row sets wins over
+    `changes`, and `space` cannot vary it."""
     space: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     """The values that each varied dotted key takes."""
     changes: Mapping[str, Any] = field(default_factory=dict)
-    """Changes of `base` for all trials, by dotted key. They are checked together with those of each trial."""
+    """Changes of `base` for all trials, by dotted key; refused where every row sets its own. They are checked together
+    with those of each trial."""
     name: str = UNNAMED
     """Name of the sweep and, where `tracking.experiment` is none, of its MLflow experiment."""
+    paper_setting: str = ""
+    """What the numbers in `Row.paper` were measured with: data, backbone, epochs. Shown beside them."""
     seeds: int = number(1, ge=1)
     """Trials of each combination: with the seeds of `base`, that + 1, and so on; the same for all combinations."""
     metric: str = "eval/knn_top1"
@@ -93,6 +116,15 @@ class Sweep(CheckedConfig):
         if self.metric not in METRICS:
             hint = did_you_mean(self.metric, METRICS)
             problems.append(f"metric = {self.metric}: no run logs it{hint}; must be one of {', '.join(METRICS)}")
+        if self.method is not None:
+            try:
+                check_method(self.method)
+            except ConfigError as error:
+                problems.append(f"method: {error}")
+            if self.rows:
+                problems.append(
+                    f"method = {self.method}: must be none for a sweep with rows, which say themselves what they are"
+                )
         if self.scheduler == "asha" and self.grace_steps is None:
             problems.append(
                 "grace_steps = None: must be a whole number >= 1 when sweep.scheduler = asha, "
@@ -108,40 +140,47 @@ class Trial:
     trial_id: str
     """The same for the same values and seed; letters, digits, '.', '_' and '-' only."""
     changes: dict[str, Any]
-    """The varied keys and their values, without the seed."""
+    """What its row sets and the varied keys with their values, without the seed."""
     seed: int
     config: RunConfig
+    row: str | None = None
+    method: str | None = None
+    paper: Mapping[str, float] = field(default_factory=dict)
 
 
 def setting_keys() -> dict[str, Key]:
     """The sweep's own settings by dotted key (`sweep.seeds`, ...)."""
-    contents = ("sweep.base", "sweep.space", "sweep.changes")
+    contents = ("sweep.base", "sweep.rows", "sweep.space", "sweep.changes")
     return {key: found for key, found in config_keys(Sweep, "sweep.").items() if key not in contents}
 
 
 def expand(sweep: Sweep) -> list[Trial]:
-    """All trials: every combination with the first seed, then with the second, and so on.
+    """All trials: every row and combination with the first seed, then with the second, and so on.
 
     Raises ConfigError with all problems of all trials: unknown keys, wrong values, settings that do not go together,
     more than `MAX_TRIALS` trials.
     """
     base = load_recipe(sweep.base) if isinstance(sweep.base, str) else sweep.base
     shared, problems = check_values(config_keys(), sweep.changes)
-    space, more = _check_space(sweep)
-    problems += more
-    count = math.prod(len(values) for values in space.values()) * sweep.seeds
+    rows, more = _check_rows(sweep)
+    space, still_more = _check_space(sweep)
+    problems += [*more, *still_more, *_conflicts(sweep, rows)]
+    count = len(rows) * math.prod(len(values) for values in space.values()) * sweep.seeds
     if not problems and count > MAX_TRIALS:
         problems.append(f"sweep.space: makes {count} trials; must be at most {MAX_TRIALS}")
     if problems:
         raise ConfigError("\n".join(problems))
+    whole = METHODS[sweep.method] if sweep.method else {}
     names = short_names(list(space))
     wrong: dict[str, list[str]] = {}
-    trials = []
-    for offset, values in itertools.product(range(sweep.seeds), itertools.product(*space.values())):
-        changes = dict(zip(space, values, strict=True))
-        label = _label(names, changes)
+    trials: dict[str, Trial] = {}
+    points = itertools.product(rows, itertools.product(*space.values()))
+    for offset, (row, values) in itertools.product(range(sweep.seeds), points):
+        varied = dict(zip(space, values, strict=True))
+        changes = rows[row] | varied
+        label = _label(row, names, varied)
         try:
-            config = override(base, merge_changes(shared, changes))
+            config = override(base, merge_changes(whole, shared, changes))
             config = override(config, {SEED: config.pretrain.seed + offset})
             _check_trial(sweep, config)
         except ConfigError as error:
@@ -149,10 +188,14 @@ def expand(sweep: Sweep) -> list[Trial]:
                 wrong.setdefault(line, []).append(label)
             continue
         seed = config.pretrain.seed
-        trials.append(Trial("-".join(filter(None, [label, f"s{seed}"])), changes, seed, config))
+        trial_id = "-".join(filter(None, [label, f"s{seed}"]))
+        if trial_id in trials:
+            wrong[f"sweep.rows.{row}: must be called otherwise, two trials would be {trial_id}"] = [label]
+        named = sweep.rows.get(row, Row(method=sweep.method))
+        trials[trial_id] = Trial(trial_id, changes, seed, config, row or None, named.method, dict(named.paper))
     if wrong:
         raise ConfigError("\n".join(line + _in_trials(labels, count) for line, labels in wrong.items()))
-    return trials
+    return list(trials.values())
 
 
 def _check_trial(sweep: Sweep, config: RunConfig) -> None:
@@ -166,30 +209,6 @@ def _check_trial(sweep: Sweep, config: RunConfig) -> None:
         )
     if problems:
         raise ConfigError("\n".join(problems))
-
-
-def load_sweep(name: str) -> Sweep:
-    """A built-in sweep, a FILE.py that defines SWEEP, a FILE.yaml or FILE.json, or a recipe, which varies nothing yet.
-
-    A file of settings holds `base` (a recipe), `space` (lists of values by key), settings of the sweep (`seeds: 3`) and
-    changes for all trials (`pretrain.steps: 100`). A sweep comes before a recipe of the same name.
-
-    Raises ConfigError naming what is wrong, and for an unknown name the nearest.
-    """
-    if name in sweep_names():
-        return _named(_exposed(sweep_module(name), name), name)
-    if name in recipes():
-        return Sweep(base=name, name=name)
-    path = Path(name)
-    if path.suffix == ".py":
-        return _named(_load_python(path), path.stem)
-    if path.suffix in (".yaml", ".yml", ".json"):
-        return _named(_load_settings(path), path.stem)
-    known = [*sweep_names(), *recipes()]
-    raise ConfigError(
-        f"unknown sweep {name!r}{did_you_mean(name, known)}; there is {', '.join(sweep_names())}, "
-        f"each of the recipes {', '.join(recipes())}, and any FILE.py or FILE.yaml"
-    )
 
 
 def with_settings(sweep: Sweep, assignments: Mapping[str, Any]) -> Sweep:
@@ -208,35 +227,10 @@ def with_settings(sweep: Sweep, assignments: Mapping[str, Any]) -> Sweep:
 
 def with_vary(sweep: Sweep, vary: Mapping[str, Sequence[Any]]) -> Sweep:
     """The sweep with more varied keys; those that it varies or sets already take the new values."""
-    given = {rival for key in vary for rival in (ALTERNATIVES if key in ALTERNATIVES else (key,))}
+    given = {rival for key in vary for rival in _rivals(key)}
     space = {key: values for key, values in sweep.space.items() if key not in given or key in vary}
     changes = {key: value for key, value in sweep.changes.items() if key not in given}
     return dataclasses.replace(sweep, space={**space, **vary}, changes=changes)
-
-
-def parse_vary(items: Sequence[str]) -> dict[str, list[str]]:
-    """`key=v1,v2` arguments as a space. Commas inside brackets do not separate: `key=[0.4,1],[0.14,1]`.
-
-    Raises ConfigError: no `=`, an empty value, brackets that do not match, a key given twice.
-    """
-    space: dict[str, list[str]] = {}
-    problems = []
-    for item in items:
-        key, equals, text = (part.strip() for part in item.partition("="))
-        values = _split(text)
-        if not equals or not key:
-            problems.append(f"--vary {show(item)}: must be key=value,value,...")
-        elif values is None:
-            problems.append(f"--vary {show(item)}: the brackets do not match")
-        elif not all(values):
-            problems.append(f"--vary {show(item)}: has an empty value; must be key=value,value,...")
-        elif key in space:
-            problems.append(f"--vary {key}: given twice; put all its values into one --vary")
-        else:
-            space[key] = values
-    if problems:
-        raise ConfigError("\n".join(problems))
-    return space
 
 
 def short_names(keys: Sequence[str]) -> dict[str, str]:
@@ -248,20 +242,6 @@ def short_names(keys: Sequence[str]) -> dict[str, str]:
         others = [other for other in keys if other != key]
         names[key] = next((e for e in ends if not any(f".{other}".endswith(f".{e}") for other in others)), key)
     return names
-
-
-def _split(text: str) -> list[str] | None:
-    """The parts between top-level commas; None if brackets do not match."""
-    parts, depth = [""], 0
-    for char in text:
-        depth += (char in "[(") - (char in "])")
-        if depth < 0:
-            return None
-        if char == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += char
-    return None if depth else [part.strip() for part in parts]
 
 
 def _check_space(sweep: Sweep) -> tuple[dict[str, list[Any]], list[str]]:
@@ -286,18 +266,76 @@ def _check_space(sweep: Sweep) -> tuple[dict[str, list[Any]], list[str]]:
                 if key in typed and typed[key] in space[key]:
                     problems.append(f"{key} = {show(value)}: given twice among the values to vary")
                 space[key] += typed.values()
-    for key in sweep.changes:
-        rivals = ALTERNATIVES if key in ALTERNATIVES else (key,)
-        for varied in (rival for rival in rivals if rival in sweep.space):
-            problems.append(
-                f"{key} = {show(sweep.changes[key])}: the sweep varies {varied}; choose its values by --vary"
-            )
     return space, problems
 
 
-def _label(names: Mapping[str, str], changes: Mapping[str, Any]) -> str:
-    """The varied values as a part of a file name. What it cannot spell is told apart by four digits of a hash."""
-    exact = "-".join(f"{names[key]}_{_text(value)}" for key, value in changes.items())
+def _check_rows(sweep: Sweep) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """What each row sets, with types, and what is wrong with the rows; one row of no name where there are none."""
+    if not sweep.rows:
+        return {"": {}}, []
+    rows: dict[str, dict[str, Any]] = {}
+    problems = []
+    for name, row in sweep.rows.items():
+        rows[name], lines = _check_row(name, row, sweep.seeds)
+        problems += [f"sweep.rows.{name}: {line}" for line in lines]
+    return rows, problems
+
+
+def _check_row(name: str, row: Row, seeds: int) -> tuple[dict[str, Any], list[str]]:
+    problems = []
+    if not _ROW_NAME.fullmatch(name):
+        problems.append("must be called by 1 to 40 letters, digits, '.', '_' or '-', and open with no mark")
+    method: Mapping[str, Any] = {}
+    try:
+        if row.method is not None:
+            check_method(row.method)
+            method = METHODS[row.method]
+    except ConfigError as error:
+        problems.append(str(error))
+    typed, lines = check_values(config_keys(), row.changes)
+    problems += lines
+    for key in typed:
+        if key.startswith(_SHARED):
+            problems.append(f"{key}: is the same for all trials of a sweep and cannot be set by a row")
+        elif key == SEED and seeds > 1:
+            problems.append(f"{key}: cannot be set by a row while sweep.seeds = {seeds}; use one of the two")
+    for metric, value in row.paper.items():
+        if metric not in (*METRICS, *PAPER_ONLY):
+            problems.append(f"paper {metric}: unknown metric{did_you_mean(metric, (*METRICS, *PAPER_ONLY))}")
+        elif isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            problems.append(f"paper {metric} = {show(value)}: must be a number")
+    return merge_changes(method, typed), problems
+
+
+def _conflicts(sweep: Sweep, rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Keys for which more than one value is asked for, so that one would be without effect."""
+    problems = []
+    for key, value in sweep.changes.items():
+        for varied in (rival for rival in _rivals(key) if rival in sweep.space):
+            problems.append(f"{key} = {show(value)}: the sweep varies {varied}; choose its values by --vary")
+        if all(_sets(changes, key) for changes in rows.values()):
+            problems.append(f"{key} = {show(value)}: every row of the sweep sets its own")
+    for key in sweep.space:
+        setting = [name for name, changes in rows.items() if _sets(changes, key)]
+        if setting:
+            problems.append(
+                f"{key}: cannot vary, it is set by {'row' if len(setting) == 1 else 'rows'} {_few(setting)}"
+            )
+    return problems
+
+
+def _sets(changes: Mapping[str, Any], key: str) -> bool:
+    return any(rival in changes for rival in _rivals(key))
+
+
+def _rivals(key: str) -> tuple[str, ...]:
+    """The keys that a change of this one would clear, with itself."""
+    return ALTERNATIVES if key in ALTERNATIVES else (key,)
+
+
+def _label(row: str, names: Mapping[str, str], varied: Mapping[str, Any]) -> str:
+    """Row and varied values as a part of a file name. What it cannot spell is told apart by eight digits of a hash."""
+    exact = "-".join(filter(None, [row, *(f"{names[key]}_{_text(value)}" for key, value in varied.items())]))
     label = re.sub(r"[^A-Za-z0-9._-]+", "-", exact)
     if label == exact and len(label) <= _MAX_LABEL:
         return label
@@ -314,52 +352,8 @@ def _in_trials(labels: Sequence[str], count: int) -> str:
     """Which trials a problem is about; nothing where it is all of them."""
     if len(labels) == count:
         return ""
-    labels = list(dict.fromkeys(labels))
-    return f" ({', '.join(labels[:3])}{f' and {len(labels) - 3} more' if len(labels) > 3 else ''})"
+    return f" ({_few(list(dict.fromkeys(labels)))})"
 
 
-def _named(sweep: Sweep, name: str) -> Sweep:
-    return dataclasses.replace(sweep, name=name) if sweep.name == UNNAMED else sweep
-
-
-def _exposed(module: Any, where: str) -> Sweep:
-    sweep = vars(module).get("SWEEP")
-    if not isinstance(sweep, Sweep):
-        raise ConfigError(f"{where}: must define SWEEP = Sweep(...) (orchestrator.sweep.Sweep)")
-    return sweep
-
-
-def _load_python(path: Path) -> Sweep:
-    spec = importlib.util.spec_from_file_location(f"sweep_file_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except SyntaxError as error:
-        raise ConfigError(f"{path}, line {error.lineno}: {error.msg}") from None
-    except ConfigError:
-        raise
-    except (ImportError, NameError, TypeError, AttributeError, ValueError, LookupError) as error:
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-        raise ConfigError(f"{path}, line {lines[-1] if lines else '?'}: {type(error).__name__}: {error}") from error
-    return _exposed(module, str(path))
-
-
-def _load_settings(path: Path) -> Sweep:
-    flat = load_file(path)
-    base = flat.pop("base", None)
-    if not isinstance(base, str):
-        raise ConfigError(f"{path}: base = {show(base)}: must be the name of a recipe: {', '.join(recipes())}")
-    load_recipe(base)
-    if "space" in flat:
-        raise ConfigError(f"{path}: space = {show(flat['space'])}: must hold a list of values under each key")
-    space = {key.removeprefix("space."): flat.pop(key) for key in list(flat) if key.startswith("space.")}
-    own = {f"sweep.{key}" if f"sweep.{key}" in setting_keys() else key: value for key, value in flat.items()}
-    known = [*config_keys(), *setting_keys()]
-    problems = [unknown_key(key, [*known, "base", "space"]) for key in own if key not in known]
-    if problems:
-        raise ConfigError("\n".join(f"{path}: {problem}" for problem in problems))
-    return with_settings(Sweep(base=base, space=space), own)
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -190,6 +190,8 @@ def _items(folder: Path) -> Iterator[_Item]:
             return
         tags = {"sweep": sweep["sweep"], "recipe": sweep["recipe"], "kind": "sweep"}
         params: dict[str, Any] = {f"space/{key}": json.dumps(values) for key, values in sweep["space"].items()}
+        rows = sweep.get("rows", {})  # sweeps written before there were rows have none
+        params |= {"rows": ", ".join(rows)} if rows else {}
         params |= {"seeds": sweep["seeds"], "trials": len(sweep["trials"]), "metric": sweep["metric"]}
         yield _Item(folder, folder.name, states[folder.name], tags, params, (SWEEP_FILE, REPORT_FILE))
         parent = folder
@@ -216,7 +218,7 @@ def _run_item(run_dir: Path, record: RunRecord, state: RunState, parent: Path | 
         "data_digest": record.data_digest or "",
         "checkpoints": str(run_dir / CHECKPOINTS_DIR),
     }
-    params = record.config | {f"derived/{name}": value for name, value in record.derived.items()}
+    params = record.config | record.labels | {f"derived/{name}": value for name, value in record.derived.items()}
     tags = {name: value for name, value in tags.items() if value}
     return _Item(run_dir, run_dir.name, state, tags, params, (RUN_FILE, REPORT_FILE), parent)
 

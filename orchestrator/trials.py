@@ -46,12 +46,29 @@ class TrialSummary:
     status: str
     """running | finished | stopped | failed | interrupted | not started"""
     params: dict[str, str] = field(default_factory=dict)
-    """The complete configuration as text, by dotted key; what was computed from it under `derived/`."""
+    """The complete configuration as text, by dotted key; what was computed from it under `derived/`; the paper's
+    numbers under `paper/`; `row` and `method` of a sweep's trial."""
     seed: int | None = None
     curves: dict[str, Curve] = field(default_factory=dict)
     """(step, value) pairs of each metric, by step."""
     reason: str = ""
     """Why it failed or was interrupted, where that is known."""
+
+    @property
+    def row(self) -> str | None:
+        """The sweep's row that the trial belongs to."""
+        return self.params.get("row")
+
+    @property
+    def paper(self) -> dict[str, float]:
+        """The paper's numbers for this trial, by metric."""
+        numbers = {key.removeprefix("paper/"): value for key, value in self.params.items() if key.startswith("paper/")}
+        return {metric: float(value) for metric, value in numbers.items() if metric != "setting"}
+
+    @property
+    def paper_setting(self) -> str:
+        """What those numbers were measured with; empty where there are none."""
+        return self.params.get("paper/setting", "")
 
     def last(self, metric: str) -> float | None:
         """The metric's newest value, or None if it was never logged."""
@@ -132,6 +149,7 @@ def _read_run(run_dir: Path, states: dict[str, records.RunState]) -> TrialSummar
     record = records.RunRecord.read(run_dir)
     state = states.get(record.run_id)
     params = {key: str(value) for key, value in record.config.items()}
+    params |= {key: str(value) for key, value in record.labels.items()}
     params |= {f"derived/{key}": str(value) for key, value in record.derived.items()}
     return TrialSummary(
         run_id=record.run_id,

@@ -13,6 +13,7 @@ import pytest
 from click.shell_completion import ShellComplete
 
 from orchestrator import cli, records
+from orchestrator.catalog import recipes, sweep_names
 from orchestrator.errors import RunFailed
 from orchestrator.overrides import flatten, override
 from orchestrator.records import RunRecord
@@ -57,6 +58,15 @@ BAD_INPUT = [
     (["pretrain", "quikstart"], "error: unknown recipe 'quikstart'; did you mean quickstart?"),
     (["pretrain", "--resume", "nowhere"], "error: no run 'nowhere' in"),
     (["pretrain", "--resume", "nowhere", "--dry-run"], "cannot be combined with --dry-run"),
+    ([*Q, "--method", "byoll"], "error: unknown method 'byoll'; did you mean byol?"),
+    (
+        [*Q, "--method", "byol", "pretrain.teacher.centering=sinkhorn_knopp"],
+        "error: pretrain.teacher.centering = sinkh",
+    ),
+    ([*SQ, "--method", "byoll", "--dry-run"], "error: unknown method 'byoll'; did you mean byol?"),
+    (["sweep", "components", "--method", "byol"], "error: sweep.method = byol: must be none for a sweep with rows"),
+    (["sweep", "crops", "--vary", "pretrain.crops.num_local_crops=1,2"], "cannot vary, it is set by rows local_0"),
+    (["sweep", "crops", "pretrain.crops.num_local_crops=1"], "every row of the sweep sets its own"),
     (["sweep", "temprature"], "error: unknown sweep 'temprature'; did you mean temperature?"),
     (["sweep", "nowhere.yaml"], "error: nowhere.yaml: cannot be read: No such file or directory"),
     (["sweep", "nowhere.py"], "error: nowhere.py: cannot be read: No such file or directory"),
@@ -158,8 +168,8 @@ def test_recipes_and_sweeps_are_listed_one_line_each(capsys: pytest.CaptureFixtu
     assert cli.main(["sweeps"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == [
-        *("quickstart", "cifar10_tiny", "cifar10_regnet", "dino_vits16", "dino_resnet50"),
-        *("crops", "momentum", "quickstart", "temperature"),
+        *recipes(),
+        *sweep_names(),
     ]
 
 
@@ -188,7 +198,7 @@ def test_file_then_command_line_then_run(calls: list[Any], tmp_path: Path) -> No
     (tmp_path / "my.yaml").write_text("pretrain: {epochs: 3, seed: 4}\npretrain.optim.lr: 1e-4\n")
     assert cli.main([*Q, "--config", "my.yaml", "pretrain.steps=7", "--local", "pretrain.seed=5"]) == 0
     ((name, config, named),) = calls
-    assert (name, named) == ("pretrain", {"recipe": "quickstart"})
+    assert (name, named) == ("pretrain", {"recipe": "quickstart", "method": None})
     assert (config.pretrain.steps, config.pretrain.epochs) == (7, None)
     assert (config.pretrain.seed, config.pretrain.optim.lr, config.cluster.launcher) == (5, 1e-4, "local")
 
@@ -196,11 +206,23 @@ def test_file_then_command_line_then_run(calls: list[Any], tmp_path: Path) -> No
 def test_a_sweep_is_made_of_all_that_is_given(calls: list[Any]) -> None:
     options = ["--vary", "pretrain.optim.lr=1e-3,1e-4", "--seeds", "3", "--base", "cifar10_tiny"]
     assert cli.main(["sweep", "temperature", "pretrain.steps=5", *options, "sweep.metric=train/loss"]) == 0
-    ((name, sweep, _),) = calls
+    assert cli.main(["sweep", "momentum", *options]) == 0
+    ((name, sweep, _), (_, grid, _)) = calls
     assert (name, sweep.name, sweep.recipe, sweep.seeds) == ("run_sweep", "temperature", "cifar10_tiny", 3)
     assert sweep.metric == "train/loss"
     assert sweep.changes == {"pretrain.teacher.warmup_temp_epochs": 0, "pretrain.steps": "5"}
-    assert list(sweep.space) == ["pretrain.teacher.temp", "pretrain.optim.lr"]
+    assert (len(sweep.rows), list(sweep.space)) == (6, ["pretrain.optim.lr"])
+    assert list(grid.space) == ["pretrain.teacher.momentum", "pretrain.optim.lr"]
+
+
+def test_a_method_comes_before_the_settings(calls: list[Any]) -> None:
+    assert cli.main([*Q, "--method", "byol", "pretrain.teacher.momentum=0.9"]) == 0
+    assert cli.main(["sweep", "momentum", "--method", "swav"]) == 0
+    ((_, config, named), (_, sweep, _)) = calls
+    assert named == {"recipe": "quickstart", "method": "byol"}
+    assert (config.pretrain.loss.name, config.pretrain.head.num_prototypes) == ("mse", None)
+    assert config.pretrain.teacher.momentum == 0.9
+    assert sweep.method == "swav"
 
 
 def test_a_recipe_with_vary_is_a_sweep(calls: list[Any]) -> None:
@@ -326,7 +348,18 @@ def test_dry_run_of_a_sweep_prints_its_trials(capsys: pytest.CaptureFixture[str]
     assert "steps             10 per trial, 160 in all" in text
     assert "images            10,240 in all" in text
     assert "temp_0.04-momentum_0.99-num_local_crops_0-s1" in text
-    assert re.search(r"pretrain\.teacher\.temp +varies: 0\.04, 0\.07", text)
+    assert re.search(r"pretrain\.teacher\.temp +varies: 0\.04, 0\.07\n", text)
+
+
+def test_dry_run_of_a_sweep_of_rows_says_what_each_sets(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["sweep", "crops", "--seeds", "2", "pretrain.steps=10", "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    assert "local_2   pretrain.crops.num_local_crops=2; paper: eval/linear_top1 74.5, cost/hours 51, cost/gpu_" in text
+    assert "local_2-s1" in text
+    assert "each as 2 global and 0 to 10 local crops" in text
+    assert "trials            8 = 4 combinations x 2 seeds" in text
+    assert "the paper's       ImageNet-1k, ViT-S/16, 300 epochs on 16 GPUs" in text
+    assert re.search(r"pretrain\.crops\.num_local_crops +varies: 0, 2, 6, 10\n", text)
 
 
 # --- completion -------------------------------------------------------------------------------------------------------
@@ -337,7 +370,9 @@ def test_dry_run_of_a_sweep_prints_its_trials(capsys: pytest.CaptureFixture[str]
     [
         (["pretrain"], "di", ["dino_vits16", "dino_resnet50"]),
         (["pretrain", "quickstart"], "pretrain.stu", ["pretrain.student.temp="]),
-        (["sweep"], "c", ["crops", "cifar10_tiny", "cifar10_regnet"]),
+        (["sweep"], "cr", ["crop_scale", "crops"]),
+        (["sweep"], "cifar10_t", ["cifar10_tiny"]),
+        (["pretrain", "quickstart", "--method"], "s", ["simsiam", "simclr", "swav"]),
         (["sweep"], "my-", ["my-"]),
         (["sweep", "quickstart"], "sweep.se", ["sweep.seeds="]),
         (["sweep", "quickstart", "--base"], "q", ["quickstart"]),

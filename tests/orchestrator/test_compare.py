@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import io
 import math
 import re
@@ -134,6 +135,92 @@ def test_one_seed_each_needs_no_second_table() -> None:
     comparison = temps({"a": 70.0, "b": 71.0})
     assert not comparison.has_seeds
     assert "Configurations" not in render(comparison, "markdown")
+
+
+# ------------------------------------------------------------------------------------------------- rows and the paper
+
+SETTING = "ImageNet-1k, ViT-S/16, 300 epochs"
+
+
+def row_trials(seeds: int = 1) -> list[TrialSummary]:
+    """Two rows that differ in two keys, and one without a number of the paper, under two learning rates."""
+    numbers = {
+        "copy": {KNN_METRIC: 0.1, "eval/linear_top1": 0.1},
+        "dino": {KNN_METRIC: 72.8, "cost/hours": 72.6},
+        "own": {},
+    }
+    return [
+        trial(
+            f"{row}-{rate}-s{seed}",
+            [(0, 60.0), (10, 70.0 + i + seed)],
+            seed,
+            row=row,
+            **{"pretrain.teacher.update": row, "pretrain.teacher.momentum": i, "pretrain.optim.lr": rate},
+            **{f"paper/{metric}": value for metric, value in numbers[row].items()},
+            **({"paper/setting": SETTING} if numbers[row] else {}),
+        )
+        for i, row in enumerate(numbers)
+        for rate in (0.1, 0.2)
+        for seed in range(seeds)
+    ]
+
+
+def test_a_row_stands_for_the_keys_that_follow_from_it() -> None:
+    comparison = compare(row_trials())
+    assert comparison.keys == ("row", "pretrain.optim.lr")
+    assert comparison.rows[0].params == {"row": "own", "pretrain.optim.lr": "0.1"}
+    with_a_plain_run = compare([*row_trials(), trial("plain", [(10, 1.0)])])
+    assert "pretrain.teacher.update" in with_a_plain_run.keys
+
+
+def test_the_papers_number_stands_beside_ours_and_says_what_it_is() -> None:
+    comparison = compare(row_trials())
+    assert comparison.paper_metrics == (KNN_METRIC, "cost/hours", "eval/linear_top1")
+    assert comparison.paper_note == f"The paper's numbers are at its own scale: {SETTING}."
+    (table,) = module.tables(comparison)
+    at = table.headers.index("k-NN %")
+    assert table.headers[1:3] == ("trial", "pretrain.optim.lr")
+    assert table.headers[at : at + 4] == ("k-NN %", "paper", "paper, hours", "paper, linear %")
+    assert {row[1]: row[at : at + 4] for row in table.rows if "-0.1-" in row[1]} == {
+        "copy-0.1-s0": ("70.00", "0.1", "-", "0.1"),
+        "dino-0.1-s0": ("71.00", "72.8", "72.6", "-"),
+        "own-0.1-s0": ("72.00", "-", "-", "-"),
+    }
+    for form in ("table", "markdown", "html"):
+        assert html.unescape(render(comparison, form)).count(comparison.paper_note) == 1  # type: ignore[arg-type]
+    rows = list(csv.DictReader(io.StringIO(render(comparison, "csv"))))
+    assert {row["trial"]: row[f"paper/{KNN_METRIC}"] for row in rows}["dino-0.2-s0"] == "72.8"
+    assert rows[0]["row"] == "own"
+
+
+def test_configurations_over_seeds_keep_the_papers_number() -> None:
+    configurations, _ = module.tables(compare(row_trials(seeds=2)))
+    assert configurations.headers[:3] == ("#", "row", "pretrain.optim.lr")
+    at = configurations.headers.index("paper")
+    assert [(row[1], row[3], row[at]) for row in configurations.rows[::2]] == [
+        ("own", "72.50", "-"),
+        ("dino", "71.50", "72.8"),
+        ("copy", "70.50", "0.1"),
+    ]
+
+
+def test_without_numbers_of_a_paper_there_is_no_column_of_them() -> None:
+    comparison = temps({"a": 70.0, "b": 71.0})
+    assert (comparison.paper_metrics, comparison.paper_note) == ((), "")
+    for form in ("table", "markdown", "csv", "html"):
+        assert "paper" not in render(comparison, form)  # type: ignore[arg-type]
+
+
+def test_in_a_narrow_terminal_the_papers_other_numbers_go_first() -> None:
+    comparison = compare(row_trials())
+    console = Console(file=io.StringIO(), width=95)
+    for table in rich_tables(comparison, 95):
+        console.print(table)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "72.8" in text
+    assert "72.6" not in text
+    assert re.search(r"left out for want of width: paper, hours, paper, linear %", text)
+    assert SETTING in text
 
 
 # ------------------------------------------------------------------------------------------------------------ health
@@ -284,10 +371,19 @@ def test_every_format_takes_a_trial_without_anything(form: module.Format) -> Non
 # ----------------------------------------------------------------------------------------------------------- loading
 
 
-def write_run(run_dir: Path, run_id: str, seed: int = 0, **changes: object) -> None:
+def write_run(run_dir: Path, run_id: str, seed: int = 0, row: str | None = None, **changes: object) -> None:
     config = BASE | changes | {"pretrain.seed": seed}
     record = records.RunRecord(
-        run_id=run_id, experiment="e", recipe="quickstart", seed=seed, config=config, derived={"lr": 0.001}
+        run_id=run_id,
+        experiment="e",
+        recipe="quickstart",
+        seed=seed,
+        config=config,
+        derived={"lr": 0.001},
+        row=row,
+        method="swav" if row else None,
+        paper={KNN_METRIC: 64.7, "eval/linear_top1": 71.8} if row else {},
+        paper_setting=SETTING,
     )
     record.write(run_dir)
     journal = records.Journal(run_dir)
@@ -307,7 +403,11 @@ def write_sweep(folder: Path) -> None:
     ledger.record(folder.name, "started")
     for i, (name, event) in enumerate(events.items()):
         write_run(
-            folder / records.TRIALS_DIR / name, name, seed=i % 2, **{"pretrain.teacher.temp": [0.04, 0.07][i // 2]}
+            folder / records.TRIALS_DIR / name,
+            name,
+            i % 2,
+            row="swav" if i == 0 else None,
+            **{"pretrain.teacher.temp": [0.04, 0.07][i // 2]},
         )
         ledger.record(name, "started")
         ledger.record(name, event, {"failed": "out of memory"}.get(event, ""))
@@ -331,6 +431,9 @@ def test_a_sweep_is_read_from_disk(tmp_path: Path) -> None:
     assert trials[0].params["pretrain.crops.global_scale"] == "[0.4, 1.0]"
     assert trials[0].params["derived/lr"] == "0.001"
     assert trials[2].reason == "out of memory"
+    assert (trials[0].row, trials[0].params["method"], trials[0].paper_setting) == ("swav", "swav", SETTING)
+    assert trials[0].paper == {KNN_METRIC: 64.7, "eval/linear_top1": 71.8}
+    assert (trials[1].row, trials[1].paper, trials[1].paper_setting) == (None, {}, "")
     assert compare(trials).rows[0].trial.name == "t4"
 
 
@@ -376,6 +479,7 @@ def test_mlflow_alone_gives_the_comparison_that_the_disk_gives(store: tuple[str,
     for ours, theirs in zip(tracked, on_disk, strict=True):
         assert (ours.status, ours.reason, ours.seed) == (theirs.status, theirs.reason, theirs.seed)
         assert ours.params == theirs.params
+        assert (ours.row, ours.paper, ours.paper_setting) == (theirs.row, theirs.paper, theirs.paper_setting)
         assert repr(ours.curves) == repr({name: theirs.curves[name] for name in ours.curves})  # nan == nan in text
         assert ours.curves.keys() == theirs.curves.keys()
     for form in ("table", "markdown", "html"):

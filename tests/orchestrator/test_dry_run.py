@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dino_core.config import ConfigError
+from dino_core.methods import METHODS
 from dino_core.networks import build_student, build_teacher
 from orchestrator.dry_run import measure
 from orchestrator.overrides import override
@@ -21,8 +22,9 @@ def test_parameters_are_those_of_the_paper() -> None:
     assert round(resnet.backbone / 1e6, 2) == 23.51
 
 
-def test_weights_are_what_an_update_leaves_in_memory() -> None:
-    config = quickstart()
+@pytest.mark.parametrize("method", ["dino", "byol"])
+def test_weights_are_what_an_update_leaves_in_memory(method: str) -> None:
+    config = override(quickstart(), METHODS[method])
     student = build_student(config.pretrain)
     teacher = build_teacher(student, config.pretrain)
     trained = [p for p in student.parameters() if p.requires_grad]
@@ -66,6 +68,17 @@ def test_more_workers_share_the_step_but_not_the_weights() -> None:
     assert two.weights == one.weights
     assert two.logits == one.logits // 2
     assert two.activations == pytest.approx(one.activations / 2, rel=0.02)
+
+
+def test_accumulation_holds_one_part_of_the_batch_at_a_time_and_a_queue_stays() -> None:
+    one, parts = measure(quickstart()), measure(override(quickstart(), {"pretrain.accumulate_steps": 4}))
+    assert parts.weights == one.weights
+    assert parts.activations == pytest.approx(one.activations / 4, rel=0.05)
+    # 4 crops x 3 tensors of a quarter of the student's images, 2 x 2 of all of the teacher's
+    assert parts.logits == 4 * 256 * (4 * 3 * 16 + 4 * 64)
+    moco = measure(override(quickstart(), METHODS["moco_v2"]))
+    short = measure(override(quickstart(), {**METHODS["moco_v2"], "pretrain.loss.queue_size": 1}))
+    assert moco.weights - short.weights == 4 * 64 * 65535
 
 
 def test_a_model_that_cannot_be_built_is_a_config_error() -> None:

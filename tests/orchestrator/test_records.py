@@ -114,6 +114,18 @@ def test_run_record_survives_the_disk(tmp_path: Path) -> None:
     assert RunRecord.read(tmp_path / "new" / "folder") == written
 
 
+def test_labels_are_what_a_run_has_beside_its_configuration(tmp_path: Path) -> None:
+    assert record(paper_setting="unused").labels == {}
+    written = record(row="swav", method="swav", paper={"eval/knn_top1": 64.7}, paper_setting="ImageNet")
+    written.write(tmp_path)
+    assert RunRecord.read(tmp_path).labels == {
+        "row": "swav",
+        "method": "swav",
+        "paper/eval/knn_top1": 64.7,
+        "paper/setting": "ImageNet",
+    }
+
+
 def test_write_json_replaces_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "value.json"
     records.write_json(path, {"a": 1})

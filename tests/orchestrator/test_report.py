@@ -185,6 +185,16 @@ def test_seeds_get_a_table_of_configurations() -> None:
     assert "Configurations" not in Page(render_report(compare([trial(0), trial(1)]), title="t")).text
 
 
+def test_the_papers_numbers_stand_in_the_ranking_under_a_line_that_says_what_they_are() -> None:
+    paper = {f"paper/{KNN_METRIC}": "72.8", "paper/eval/linear_top1": "76.1", "paper/setting": "ImageNet, 300 epochs"}
+    text = Page(render_report(compare([trial(0, row="a", **paper), trial(1, row="b")]), title="t")).text
+    assert "The paper's numbers are at its own scale: ImageNet, 300 epochs." in text
+    for expected in ("72.8", "paper, linear %", "76.1"):
+        assert text.count(expected) == 1, expected
+    assert "paper/" not in text  # not among the parameters
+    assert "paper's" not in Page(render_report(compare([trial(0), trial(1)]), title="t")).text
+
+
 def test_failed_and_empty_trials_are_reported() -> None:
     lost = TrialSummary("id", "lost", "failed", {}, None, {}, "out of memory\nat step 3")
     for trials in ([lost], [trial(0), lost]):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -10,20 +11,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dino_core.config import ConfigError
+from dino_core.methods import METHODS
 from orchestrator.config import RunConfig
 from orchestrator.overrides import override
 from orchestrator.preflight import open_sources
+from orchestrator.records import RunRecord
+from orchestrator.run_sweep import _write_plan
 from orchestrator.sweep import (
     MAX_TRIALS,
+    Row,
     Sweep,
     expand,
-    load_sweep,
-    parse_vary,
     setting_keys,
     short_names,
     with_settings,
     with_vary,
 )
+from orchestrator.sweep_file import load_sweep, parse_vary
+from orchestrator.trials import load_from_disk
 from sweeps.recipes import quickstart
 
 TEMP, MOMENTUM = "pretrain.teacher.temp", "pretrain.teacher.momentum"
@@ -180,6 +185,138 @@ def test_a_seed_past_the_last_is_refused() -> None:
     assert problems(grid(seeds=2, changes={"pretrain.seed": 2**32 - 1}))[0].startswith("pretrain.seed = 4294967296: ")
 
 
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+CROPS, UPDATE = "pretrain.crops.num_local_crops", "pretrain.teacher.update"
+
+
+def rows(**changes: Any) -> Sweep:
+    named = {
+        "dino": Row(paper={"eval/knn_top1": 72.8}),
+        "copy": Row(changes={UPDATE: "student_copy"}, paper={"eval/knn_top1": 0.1, "eval/linear_top1": 0.1}),
+        "byol": Row(method="byol", changes={CROPS: "1", "pretrain.teacher.momentum": 0.99}),
+    }
+    return Sweep(**({"base": "quickstart", "rows": named} | changes))
+
+
+def test_each_row_is_its_method_and_then_its_changes() -> None:
+    dino, copy, byol = expand(rows())
+    assert [t.trial_id for t in (dino, copy, byol)] == ["dino-s0", "copy-s0", "byol-s0"]
+    assert [(t.row, t.method) for t in (dino, copy, byol)] == [("dino", None), ("copy", None), ("byol", "byol")]
+    assert dino.config == quickstart()
+    assert (dino.changes, dino.paper) == ({}, {"eval/knn_top1": 72.8})
+    assert copy.config == override(quickstart(), {UPDATE: "student_copy"})
+    assert copy.paper == {"eval/knn_top1": 0.1, "eval/linear_top1": 0.1}
+    assert byol.config == override(quickstart(), METHODS["byol"] | {CROPS: 1, "pretrain.teacher.momentum": 0.99})
+    assert (byol.changes[CROPS], byol.changes["pretrain.teacher.momentum"]) == (1, 0.99)
+    assert byol.config.pretrain.loss.name == "mse"
+
+
+def test_rows_are_crossed_with_the_space_and_the_seeds() -> None:
+    trials = expand(rows(space={"pretrain.optim.lr": [1e-3, 1e-4]}, seeds=2))
+    assert [t.trial_id for t in trials[:4]] == [
+        "dino-lr_0.001-s0",
+        "dino-lr_0.0001-s0",
+        "copy-lr_0.001-s0",
+        "copy-lr_0.0001-s0",
+    ]
+    assert [t.trial_id for t in trials[6:8]] == ["dino-lr_0.001-s1", "dino-lr_0.0001-s1"]
+    assert len({t.trial_id for t in trials}) == 12
+    assert [t.paper for t in trials if t.row == "copy"] == [{"eval/knn_top1": 0.1, "eval/linear_top1": 0.1}] * 4
+
+
+def test_a_change_for_all_trials_reaches_the_rows_that_do_not_set_the_key() -> None:
+    changed = expand(rows(changes={CROPS: 5, "pretrain.epochs": 2}))
+    assert [t.config.pretrain.crops.num_local_crops for t in changed] == [5, 5, 1]
+    assert [t.config.pretrain.epochs for t in changed] == [2, 2, 2]
+    assert [t.config.pretrain.steps for t in changed] == [None] * 3
+
+
+def test_a_change_that_would_reach_no_row_and_a_varied_key_of_a_row_are_refused() -> None:
+    lengths = {"a": Row(changes={"pretrain.epochs": 1}), "b": Row(changes={"pretrain.steps": 3})}
+    assert problems(Sweep(base="quickstart", rows=lengths, changes={"pretrain.steps": 7})) == [
+        "pretrain.steps = 7: every row of the sweep sets its own"
+    ]
+    varied = {UPDATE: ["ema", "student_copy"], "pretrain.teacher.momentum": [0.9]}
+    assert problems(rows(space=varied)) == [
+        f"{UPDATE}: cannot vary, it is set by rows copy, byol",
+        "pretrain.teacher.momentum: cannot vary, it is set by row byol",
+    ]
+
+
+def test_all_problems_of_all_rows_are_reported_with_their_names() -> None:
+    wrong = {
+        "a b": Row(),
+        "byoll": Row(method="byoll"),
+        "key": Row(changes={TEMP: 0, "pretrain.teacher.tmp": 1, "cluster.num_workers": 2, "pretrain.seed": 3}),
+        "paper": Row(paper={"eval/knn_top": 1.0, "eval/knn_top1": "x", "train/loss": float("nan")}),  # type: ignore[dict-item]
+    }
+    assert problems(Sweep(base="quickstart", rows=wrong, seeds=2)) == [
+        "sweep.rows.a b: must be called by 1 to 40 letters, digits, '.', '_' or '-', and open with no mark",
+        "sweep.rows.byoll: unknown method 'byoll'; did you mean byol?; must be one of dino, byol, simsiam, simclr, "
+        "moco_v2, swav",
+        f"sweep.rows.key: {TEMP} = 0: must be a number > 0",
+        "sweep.rows.key: pretrain.teacher.tmp: unknown key; did you mean pretrain.teacher.temp?",
+        "sweep.rows.key: cluster.num_workers: is the same for all trials of a sweep and cannot be set by a row",
+        "sweep.rows.key: pretrain.seed: cannot be set by a row while sweep.seeds = 2; use one of the two",
+        "sweep.rows.paper: paper eval/knn_top: unknown metric; did you mean eval/knn_top1 or eval/linear_top1?",
+        "sweep.rows.paper: paper eval/knn_top1 = x: must be a number",
+        "sweep.rows.paper: paper train/loss = nan: must be a number",
+    ]
+
+
+def test_rows_that_compute_nothing_sensible_are_refused_before_anything_starts() -> None:
+    nonsense = {
+        "fine": Row(),
+        "sk": Row(changes={"pretrain.loss.name": "mse", "pretrain.teacher.centering": "sinkhorn_knopp"}),
+        "nce": Row(changes={"pretrain.loss.name": "info_nce"}),
+    }
+    first, second = problems(Sweep(base="quickstart", rows=nonsense))
+    assert first.startswith("pretrain.teacher.centering = sinkhorn_knopp: gives probabilities")
+    assert first.endswith(" (sk)")
+    assert second.startswith("pretrain.teacher.centering = center: must be none with loss.name = info_nce")
+    assert second.endswith(" (nce)")
+
+
+def test_two_trials_cannot_have_one_name() -> None:
+    twins = {"a": Row(), "a-source_x": Row()}
+    sweep = Sweep(base="quickstart", rows=twins, space={"data.source": ["x-source_x", "x"]})
+    (line,) = problems(sweep)
+    assert line.startswith(
+        "sweep.rows.a-source_x: must be called otherwise, two trials would be a-source_x-source_x-s0"
+    )
+
+
+def test_rows_and_the_papers_numbers_are_written_down_before_anything_starts(tmp_path: Path) -> None:
+    sweep = rows(
+        paper_setting="ImageNet", changes={"cluster.storage": str(tmp_path)}, space={"pretrain.optim.lr": [1e-3]}
+    )
+    plan = _write_plan(sweep)
+    written = {trial.row: trial for trial in load_from_disk(plan.folder)}
+    assert {row: (trial.name, trial.paper, trial.paper_setting) for row, trial in written.items()} == {
+        "byol": ("byol-lr_0.001-s0", {}, ""),
+        "copy": ("copy-lr_0.001-s0", {"eval/knn_top1": 0.1, "eval/linear_top1": 0.1}, "ImageNet"),
+        "dino": ("dino-lr_0.001-s0", {"eval/knn_top1": 72.8}, "ImageNet"),
+    }
+    assert written["byol"].params["method"] == "byol"
+    record = RunRecord.read(plan.folder / "trials" / "copy-lr_0.001-s0")
+    assert record.changes == {UPDATE: "student_copy", "pretrain.optim.lr": 1e-3}
+    definition = json.loads((plan.folder / "sweep.json").read_text())
+    assert definition["rows"]["byol"]["changes"] == {CROPS: "1", "pretrain.teacher.momentum": 0.99}
+    assert definition["paper_setting"] == "ImageNet"
+
+
+def test_a_method_comes_before_the_changes_of_all_trials() -> None:
+    sweep = Sweep(base="quickstart", method="swav", changes={TEMP: 0.3}, space={CROPS: [1, 2]})
+    configs = [t.config for t in expand(sweep)]
+    assert configs == [override(quickstart(), METHODS["swav"] | {TEMP: 0.3, CROPS: n}) for n in (1, 2)]
+    assert [t.method for t in expand(sweep)] == ["swav", "swav"]
+    with pytest.raises(ConfigError, match=r"sweep\.method = swav: must be none for a sweep with rows"):
+        rows(method="swav")
+    with pytest.raises(ConfigError, match=r"sweep\.method: unknown method 'swaw'; did you mean swav"):
+        Sweep(base="quickstart", method="swaw")
+
+
 # --- the sweep's own settings -----------------------------------------------------------------------------------------
 
 
@@ -192,7 +329,7 @@ def test_settings_of_the_sweep_and_of_its_trials() -> None:
     assert {t.config.pretrain.steps for t in expand(sweep)} == {9}
     assert set(setting_keys()) == {
         f"sweep.{name}" for name in ("name", "seeds", "metric", "mode", "scheduler", "grace_steps", "reduction_factor")
-    }
+    } | {"sweep.method", "sweep.paper_setting"}
 
 
 @pytest.mark.parametrize(
@@ -314,9 +451,37 @@ def test_a_settings_file(tmp_path: Path) -> None:
     assert (config.pretrain.teacher.temp, config.pretrain.crops.global_scale) == (0.07, (0.14, 1.0))
 
 
+def test_rows_in_a_settings_file(tmp_path: Path) -> None:
+    text = """
+        base: quickstart
+        paper_setting: ImageNet
+        rows:
+          dino:
+          temp_0.04: {changes: {pretrain: {teacher.temp: 4e-2}}, paper: {eval/knn_top1: 69.6, eval/linear_top1: 75}}
+          byol: {method: byol, changes: {pretrain.predictor.num_layers: 3}}
+    """
+    sweep = load_sweep(write(tmp_path, text, "abl.yaml"))
+    assert sweep.rows == {
+        "dino": Row(),
+        "temp_0.04": Row(changes={TEMP: 0.04}, paper={"eval/knn_top1": 69.6, "eval/linear_top1": 75}),
+        "byol": Row(method="byol", changes={"pretrain.predictor.num_layers": 3}),
+    }
+    assert sweep.paper_setting == "ImageNet"
+    assert [t.trial_id for t in expand(sweep)] == ["dino-s0", "temp_0.04-s0", "byol-s0"]
+
+
 @pytest.mark.parametrize(
     ("text", "line"),
     [
+        ("base: quickstart\nrows: [1]", "{path}: rows = [1]: must hold rows by name"),
+        ("base: quickstart\nrows: {a: 3}", "{path}: rows.a = 3: must hold any of method, changes, paper"),
+        ("base: quickstart\nrows: {a: {papr: {}}}", "{path}: rows.a.papr: unknown key; did you mean paper?"),
+        ("base: quickstart\nrows: {a: {method: 3}}", "{path}: rows.a.method = 3: must be the name of a method"),
+        ("base: quickstart\nrows: {a: {changes: 3}}", "{path}: rows.a.changes = 3: must hold values by dotted key"),
+        (
+            "base: quickstart\nrows: {a: {changes: {pretrain: {seed: 1}, pretrain.seed: 2}}}",
+            "{path}: rows.a.changes: pretrain.seed: given twice",
+        ),
         ("space: {pretrain.seed: [1]}", "{path}: base = None: must be the name of a recipe: quickstart"),
         ("base: quikstart", "unknown recipe 'quikstart'; did you mean quickstart?"),
         ("base: quickstart\nsedes: 2", "{path}: sedes: unknown key; did you mean"),

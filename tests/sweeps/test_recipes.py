@@ -1,16 +1,14 @@
 from __future__ import annotations
 
-import dataclasses
 import inspect
 from typing import Any
 
 import pytest
 
 from dino_core.schedules import build_schedules
-from orchestrator.catalog import load_recipe, recipes, summary, sweep_module, sweep_names
+from orchestrator.catalog import load_recipe, recipes, summary
 from orchestrator.overrides import flatten
 from orchestrator.preflight import model_problems
-from orchestrator.sweep import expand, load_sweep
 from sweeps.recipes import RECIPES
 
 NUM_SAMPLES = {"digits": 1438, "cifar10.parquet": 50_000, "imagenet": 1_281_167}
@@ -21,9 +19,8 @@ def values(recipe: str, prefix: str = "pretrain.") -> dict[str, Any]:
     return {key.removeprefix(prefix): value for key, value in flat.items() if key.startswith(prefix)}
 
 
-def test_the_recipes_and_sweeps_that_are_promised() -> None:
+def test_the_recipes_that_are_promised() -> None:
     assert list(recipes()) == ["quickstart", "cifar10_tiny", "cifar10_regnet", "dino_vits16", "dino_resnet50"]
-    assert sweep_names() == ["crops", "momentum", "quickstart", "temperature"]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -105,36 +102,3 @@ def test_dino_resnet50_is_the_published_recipe() -> None:
         "optim.final_weight_decay": 1e-4,
     }
     assert {key: found[key] for key in expected} == expected
-
-
-@pytest.mark.parametrize("base", RECIPES)
-@pytest.mark.parametrize("name", ["crops", "momentum", "quickstart", "temperature"])
-def test_every_sweep_expands_on_every_recipe(name: str, base: str) -> None:
-    trials = expand(dataclasses.replace(load_sweep(name), base=base))
-    assert len(trials) == 4
-    for trial in trials:
-        changed = {k for k, v in flatten(trial.config).items() if v != flatten(load_recipe(base))[k]}
-        assert changed <= {*trial.changes, "pretrain.teacher.warmup_temp_epochs"}
-
-
-@pytest.mark.parametrize("name", ["crops", "momentum", "quickstart", "temperature"])
-def test_a_sweep_says_how_to_run_it(name: str) -> None:
-    text = sweep_module(name).__doc__ or ""
-    assert f"python -m orchestrator sweep {name}\n" in text
-    assert 40 < len(summary(sweep_module(name))) <= 115
-
-
-def test_the_temperature_sweep_keeps_each_temperature_constant() -> None:
-    for base in RECIPES:
-        config = expand(dataclasses.replace(load_sweep("temperature"), base=base))[0].config
-        schedule = build_schedules(config.pretrain, NUM_SAMPLES[config.data.source]).teacher_temp
-        assert {schedule(0), schedule(10_000)} == {0.02}
-
-
-def test_the_values_of_the_papers_tables() -> None:
-    assert load_sweep("temperature").space == {"pretrain.teacher.temp": [0.02, 0.04, 0.06, 0.08]}
-    assert load_sweep("crops").space == {"pretrain.crops.num_local_crops": [0, 2, 6, 10]}
-    assert load_sweep("quickstart").space == {
-        "pretrain.teacher.temp": [0.04, 0.07],
-        "pretrain.teacher.momentum": [0.99, 0.996],
-    }
