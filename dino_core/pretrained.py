@@ -28,7 +28,7 @@ import safetensors
 import timm
 import torch
 from safetensors.torch import load_file
-from timm.models.vision_transformer import checkpoint_filter_fn
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ def load_official(
         arguments["img_size"] = image_size
     model = timm.create_model(found.name, pretrained=False, num_classes=0, **arguments)
     tensors = found.tensors
-    if "img_size" in arguments:
+    if isinstance(model, VisionTransformer):
         tensors = checkpoint_filter_fn(dict(tensors), model)  # registers, SwiGLU, position embeddings
     else:  # batches that batch norm has seen, which no feature depends on
         counts = {name: tensor for name, tensor in model.state_dict().items() if name.endswith("num_batches_tracked")}
