@@ -151,7 +151,7 @@ def _load(checkpoint: Path, network: Network) -> _Backbone:
         "std": crops["std"],
         "num_classes": 0,
     }
-    if arguments.get("dynamic_img_size"):
+    if arguments.get("dynamic_img_size") or arguments.get("strict_img_size") is False:
         preprocessing["fixed_input_size"] = False
     model = timm.create_model(
         settings.backbone, pretrained=False, num_classes=0, pretrained_cfg_overlay=preprocessing, **arguments
@@ -287,15 +287,19 @@ def _write_onnx(backbone: _Backbone, temporary: Path, folder: Path) -> str:
     import torch
 
     size = backbone.preprocessing["input_size"]
-    program = torch.onnx.export(
-        backbone.model,
-        (torch.zeros(2, *size),),  # a batch of one would be taken for a constant
-        input_names=["images"],
-        output_names=["features"],
-        dynamic_shapes=({0: torch.export.Dim("batch")},),
-        dynamo=True,
-        verbose=False,
-    )
+    try:
+        program = torch.onnx.export(
+            backbone.model,
+            (torch.zeros(2, *size),),  # a batch of one would be taken for a constant
+            input_names=["images"],
+            output_names=["features"],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            dynamo=True,
+            verbose=False,
+        )
+    except torch.onnx.OnnxExporterError as error:
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise ExportError(f"onnx: torch cannot express {backbone.name} in it: {reason}") from error
     assert program is not None
     preprocessing = {name: json.dumps(value) for name, value in backbone.preprocessing.items()}
     program.model.metadata_props.update(backbone.texts() | preprocessing)
