@@ -11,7 +11,14 @@ from dino_core.backbone_names import backbone_modules, backbone_names, check_bac
 from dino_core.config import ConfigError, CropsConfig, ModelConfig
 from dino_core.stochastic_depth import adopt_stochastic_depth, depth_masks
 
-__all__ = ["backbone_names", "build_backbone", "check_backbone_name", "check_crop_sizes", "num_features"]
+__all__ = [
+    "backbone_arguments",
+    "backbone_names",
+    "build_backbone",
+    "check_backbone_name",
+    "check_crop_sizes",
+    "num_features",
+]
 
 _VIT_MODULES = ("vision_transformer", "deit")
 """timm modules whose models take crops of any multiple of the patch size."""
@@ -35,16 +42,8 @@ def build_backbone(config: ModelConfig, image_size: int, *, drop_path: float = 0
         ConfigError: an unknown name, ViT sizes for another kind of model, a patch size that does not divide
             `image_size`, or a drop_path that the model does not know.
     """
-    check_backbone_name(config.backbone)
-    arguments: dict[str, Any] = {name: getattr(config, name) for name in _SIZES if getattr(config, name) is not None}
+    arguments = backbone_arguments(config, image_size)
     is_vit = backbone_modules()[config.backbone] in _VIT_MODULES
-    if is_vit:
-        arguments |= {"img_size": image_size, "dynamic_img_size": True}
-    elif arguments:
-        lines = (
-            f"pretrain.model.{k} = {v}: must be none, {config.backbone} is not a ViT" for k, v in arguments.items()
-        )
-        raise ConfigError("\n".join(lines))
     if drop_path > 0:
         arguments["drop_path_rate"] = drop_path
     if is_vit and config.patch_size is not None:
@@ -64,6 +63,24 @@ def build_backbone(config: ModelConfig, image_size: int, *, drop_path: float = 0
     if drop_path > 0 and config.depth != 1 and depth_masks(backbone) is None:  # the rates of one block are (0,)
         raise _no_stochastic_depth(config, drop_path)
     return backbone
+
+
+def backbone_arguments(config: ModelConfig, image_size: int) -> dict[str, Any]:
+    """What turns the timm model `config.backbone` into this backbone, stochastic depth aside; JSON can hold it.
+
+    Raises:
+        ConfigError: an unknown name, or ViT sizes for another kind of model.
+    """
+    check_backbone_name(config.backbone)
+    arguments: dict[str, Any] = {name: getattr(config, name) for name in _SIZES if getattr(config, name) is not None}
+    if backbone_modules()[config.backbone] in _VIT_MODULES:
+        return arguments | {"img_size": image_size, "dynamic_img_size": True}
+    if arguments:
+        lines = (
+            f"pretrain.model.{k} = {v}: must be none, {config.backbone} is not a ViT" for k, v in arguments.items()
+        )
+        raise ConfigError("\n".join(lines))
+    return arguments
 
 
 def num_features(backbone: nn.Module) -> int:

@@ -17,6 +17,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from dino_core.config import ConfigError
+from dino_core.export import FORMATS, NETWORKS
 from orchestrator.errors import RunFailed
 
 if TYPE_CHECKING:
@@ -262,6 +263,29 @@ def compare(experiment: str, settings: tuple[str, ...], form: Any, output: str |
         Path(output).write_text(text, encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"--output {output}: cannot be written: {error.strerror}") from error
+
+
+@cli.command()
+@click.argument("run", metavar="RUN|CHECKPOINT")
+@click.option(
+    "--to", "form", type=click.Choice(FORMATS), required=True, help="What to write; docs/weights.md has more."
+)
+@click.argument("folder", metavar="DIR")
+@click.option("--network", type=click.Choice(NETWORKS), default="teacher", show_default=True, help="Whose backbone.")
+def export(run: str, form: Any, folder: str, network: Any) -> None:
+    """Write the backbone of RUN into the new folder DIR, for use elsewhere.
+
+    RUN is a run in the storage folder, the path of one, or the folder of a checkpoint; of a run, the newest whole
+    checkpoint is taken.
+
+    \b
+    dino export runs/quickstart-20260101-120000-ab12 --to hf my_backbone
+    dino export runs/quickstart-20260101-120000-ab12/checkpoints/step_00000200 --to onnx my_onnx
+    """
+    from orchestrator.export import export as export_run
+
+    written = export_run(run, form, Path(folder), network)
+    click.echo(f"{written.checkpoint}\n-> {written.folder}: {', '.join(written.files)}\n\n{written.usage}")
 
 
 @cli.command()
