@@ -102,7 +102,10 @@ def test_the_patch_of_the_model_itself_counts_too():
 
 
 def test_a_model_of_one_size_takes_no_other():
-    config = ModelConfig(backbone="swin_tiny_patch4_window7_224")
-    with pytest.raises(ConfigError, match=r"pretrain.crops.local_size = 96: must be 224, the only size"):
-        check_crop_sizes(nn.Identity(), config, CropsConfig())
-    check_crop_sizes(nn.Identity(), config, CropsConfig(num_local_crops=0))
+    config = ModelConfig(backbone="coat_tiny")
+    backbone = build_backbone(config, 64)
+    with pytest.raises(
+        ConfigError, match=r"pretrain.crops.local_size = 32: .*takes: .*32.*set pretrain.crops.local_siz"
+    ):
+        check_crop_sizes(backbone, config, CropsConfig(global_size=64, local_size=32))
+    check_crop_sizes(backbone, config, CropsConfig(global_size=64, num_local_crops=0))
