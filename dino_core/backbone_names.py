@@ -21,7 +21,7 @@ _VIT = {"patch_size": "patch_size", **_TOWER, "pooling": "global_pool"}
 
 @dataclass(frozen=True)
 class Sizing:
-    """How the models of one timm module are told their sizes."""
+    """How the models of one timm module are told their sizes, and what else they have to be told."""
 
     settings: Mapping[str, str] = field(default_factory=dict)
     """timm's argument for each setting of `ModelConfig` that the models know."""
@@ -29,6 +29,8 @@ class Sizing:
     """Whether they are made for an image size, given as ``img_size``."""
     any_size: Mapping[str, bool] = field(default_factory=dict)
     """What makes them take other sizes beside that one; empty where nothing does, or nothing has to."""
+    no_dropout: Mapping[str, float] = field(default_factory=dict)
+    """What switches off dropout that is not a layer of its own."""
 
     @property
     def multiples_of_patch(self) -> bool:
@@ -60,6 +62,7 @@ _SIZINGS = {
     **dict.fromkeys(
         ("byoanet", "coat", "convit", "efficientformer_v2", "efficientvit_msra", "gcvit", "hiera", "levit"), _ONE_SIZE
     ),
+    **dict.fromkeys(("ghostnet", "repghost", "rexnet", "senet", "vgg"), Sizing(no_dropout={"drop_rate": 0.0})),
     **dict.fromkeys(("maxxvit", "mlp_mixer", "mvitv2", "nest", "pit", "tnt", "twins", "visformer", "volo"), _ONE_SIZE),
 }
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -11,7 +15,7 @@ from torch import Tensor, nn
 from dino_core.activation_checkpointing import checkpoint_activations
 from dino_core.backbone_names import backbone_names, check_backbone_name, setting_problems, sizing
 from dino_core.config import ConfigError, CropsConfig, ModelConfig
-from dino_core.stochastic_depth import adopt_stochastic_depth, depth_masks, remove_stochastic_depth
+from dino_core.stochastic_depth import StochasticDepth, adopt_stochastic_depth, depth_masks, remove_stochastic_depth
 
 __all__ = [
     "adopt_backbone",
@@ -32,7 +36,8 @@ def build_backbone(config: ModelConfig, image_size: int, *, drop_path: float = 0
 
     Its forward gives pooled features [n, D], D = `num_features`: a ViT's normalised class token or the mean of its
     patches, a convnet's global average, or whatever else the model pools by. Stochastic depth is the model's own rule
-    for `drop_path`, drawn by `StochasticDepth`.
+    for `drop_path`, drawn by `StochasticDepth`. The dropout that a few models have is off: it would be drawn from
+    torch's global RNG, and so depend on the number of workers.
 
     Args:
         image_size: side of the global crops, pixels; a ViT's position embeddings are made for it and interpolated
@@ -56,6 +61,9 @@ def build_backbone(config: ModelConfig, image_size: int, *, drop_path: float = 0
         class_token = dict(backbone.named_parameters(recurse=False)).get("cls_token")
         if class_token is not None:  # timm starts it at 1e-6, the authors of DINO at 0.02 like everything else
             nn.init.trunc_normal_(class_token, std=0.02)
+    for module in backbone.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
     adopt_stochastic_depth(backbone)
     if drop_path == 0:  # some models have a rate of their own
         remove_stochastic_depth(backbone)
@@ -110,9 +118,10 @@ def check_crop_sizes(backbone: nn.Module, config: ModelConfig, crops: CropsConfi
         if sizing(config.backbone).multiples_of_patch:
             _check_multiple(name, size, _patch_size(backbone))
         try:
-            problem = _problem(_try(backbone, size))
+            with _rows_dropped(backbone) as rows:
+                problem = _problem(_try(backbone, size))
         except _REFUSALS as error:
-            problem = _first_line(error)
+            problem = _reason(error)
             if name == "local_size" and size != crops.global_size:
                 problem += (
                     f"; set pretrain.crops.local_size = {crops.global_size} if it takes crops of one size only, or "
@@ -124,6 +133,11 @@ def check_crop_sizes(backbone: nn.Module, config: ModelConfig, crops: CropsConfi
         if problem:
             raise ConfigError(
                 f"pretrain.model.backbone = {config.backbone}: must turn images into features [n, D], {problem}"
+            )
+        if rows - {2}:
+            raise ConfigError(
+                f"pretrain.model.drop_path = {config.drop_path:g}: must be 0, the stochastic depth of "
+                f"{config.backbone} drops parts of images"
             )
 
 
@@ -148,7 +162,8 @@ def _arguments(config: ModelConfig, image_size: int) -> dict[str, Any]:
     arguments = {
         argument: getattr(config, name) for name, argument in kind.settings.items() if getattr(config, name) is not None
     }
-    return arguments | ({"img_size": image_size} if kind.image_size else {}) | dict(kind.any_size)
+    image = {"img_size": image_size} if kind.image_size else {}
+    return {**arguments, **image, **kind.any_size, **kind.no_dropout}
 
 
 def _create(config: ModelConfig, arguments: dict[str, Any], drop_path: float) -> nn.Module:
@@ -163,14 +178,13 @@ def _create(config: ModelConfig, arguments: dict[str, Any], drop_path: float) ->
         shown = ", ".join(f"{name} = {value}" for name, value in arguments.items())
         raise ConfigError(
             f"pretrain.model.backbone = {config.backbone}: timm cannot build it with {shown or 'these settings'}: "
-            f"{_first_line(error)}"
+            f"{_reason(error)}"
         ) from error
 
 
 def _check_tokens(backbone: nn.Module, config: ModelConfig) -> None:
-    """Some ViTs have no class token, and some take registers without using them."""
-    tokens = dict(backbone.named_parameters(recurse=False))
-    has_class_token = tokens.get("cls_token") is not None
+    """What timm lets pass: older ones pool the first patch for want of a class token, some ViTs leave registers out."""
+    has_class_token = dict(backbone.named_parameters(recurse=False)).get("cls_token") is not None
     if config.pooling == "token" and not has_class_token:
         raise ConfigError(f"pretrain.model.pooling = token: must be avg or none, {config.backbone} has no class token")
     if config.num_register_tokens and backbone.num_prefix_tokens != config.num_register_tokens + has_class_token:
@@ -195,6 +209,19 @@ def _try(module: nn.Module, size: int) -> Any:
             part.training = training
 
 
+@contextlib.contextmanager
+def _rows_dropped(backbone: nn.Module) -> Iterator[set[int]]:
+    """The numbers of rows that reach stochastic depth."""
+    rows: set[int] = set()
+    layers = [module for module in backbone.modules() if isinstance(module, StochasticDepth)]
+    hooks = [layer.register_forward_pre_hook(lambda _, inputs: rows.add(inputs[0].shape[0])) for layer in layers]
+    try:
+        yield rows
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def _problem(output: Any) -> str:
     """What is wrong with the output for two images; empty if they are features [2, D]."""
     if not isinstance(output, Tensor):
@@ -206,8 +233,11 @@ def _problem(output: Any) -> str:
     return ""
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0].strip(" .") or type(error).__name__
+def _reason(error: Exception) -> str:
+    if str(error):
+        return str(error).splitlines()[0].strip(" .")
+    places = [frame.line for frame in traceback.extract_tb(error.__traceback__) if "timm" in Path(frame.filename).parts]
+    return f"{type(error).__name__} at {places[-1]}"
 
 
 def _patch_size(backbone: nn.Module) -> int:
