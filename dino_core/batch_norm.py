@@ -5,10 +5,11 @@ With it a network with batch norm computes the same with one worker or several, 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
+from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -38,14 +39,15 @@ class GlobalBatchNorm(_BatchNorm):
     """
 
     @classmethod
-    def replacing(cls, module: _BatchNorm) -> GlobalBatchNorm:
+    def replacing(cls, module: _BatchNorm) -> Self:
         """The same batch norm, with the same parameters and buffers."""
         new = cls(module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats)
-        new.load_state_dict(module.state_dict())
-        for name, parameter in module.named_parameters():
+        for name, parameter in module.named_parameters(recurse=False):
             setattr(new, name, parameter)
-        for name, buffer in module.named_buffers():
+        for name, buffer in module.named_buffers(recurse=False):
             setattr(new, name, buffer)
+        for name, child in module.named_children():
+            setattr(new, name, child)
         return new.train(module.training)
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -81,11 +83,33 @@ class GlobalBatchNorm(_BatchNorm):
         self.running_var.lerp_(variance * (count / max(count - 1, 1)), weight)
 
 
+class GlobalBatchNormAct(GlobalBatchNorm):
+    """timm's `BatchNormAct2d`, a batch norm with dropout and activation behind it, over all ranks."""
+
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[B, C, H, W] -> the same shape."""
+        out: Tensor = self.act(self.drop(super().forward(input)))
+        return out
+
+
+_REPLACEMENTS: dict[type[nn.Module], type[GlobalBatchNorm]] = {
+    nn.BatchNorm1d: GlobalBatchNorm,
+    nn.BatchNorm2d: GlobalBatchNorm,
+    nn.BatchNorm3d: GlobalBatchNorm,
+    BatchNormAct2d: GlobalBatchNormAct,
+}
+
+
 def use_global_batch_norm(network: nn.Module) -> nn.Module:
-    """Replace every plain `torch.nn.BatchNorm{1,2,3}d` inside `network`, in place."""
-    plain = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+    """Replace every `torch.nn.BatchNorm{1,2,3}d` and timm `BatchNormAct2d` inside `network`, in place.
+
+    Subclasses of them stay, for their forward pass may be another.
+    """
     for parent in list(network.modules()):
         for name, child in parent.named_children():
-            if isinstance(child, _BatchNorm) and type(child) in plain:
-                setattr(parent, name, GlobalBatchNorm.replacing(child))
+            if isinstance(child, _BatchNorm) and type(child) in _REPLACEMENTS:
+                setattr(parent, name, _REPLACEMENTS[type(child)].replacing(child))
     return network

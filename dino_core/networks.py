@@ -11,6 +11,7 @@ from timm.layers.norm_act import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from dino_core.activation_checkpointing import checkpoint_activations
 from dino_core.backbones import adopt_backbone, build_backbone, check_crop_sizes, num_features
 from dino_core.batch_norm import GlobalBatchNorm, use_global_batch_norm
 from dino_core.config import ConfigError, PretrainConfig
@@ -89,6 +90,11 @@ def build_student(config: PretrainConfig, backbone: nn.Module | None = None) -> 
         in_dim = adopt_backbone(backbone, crops.global_size)
         if crops.num_local_crops:
             adopt_backbone(backbone, crops.local_size)
+        if config.model.activation_checkpointing:
+            try:
+                checkpoint_activations(backbone)
+            except NotImplementedError as error:
+                raise ConfigError(f"pretrain.model.activation_checkpointing = True: {error}") from error
     settings = config.head
     head = DINOHead(
         in_dim,
@@ -145,9 +151,10 @@ def synchronise_batch_norm(network: CropNetwork, config: PretrainConfig, device:
         converted: CropNetwork = convert_sync_batchnorm(network)  # timm's also knows the batch norms that timm fuses
         return converted
     use_global_batch_norm(network)
-    if any(isinstance(module, _BatchNorm) and type(module) is not GlobalBatchNorm for module in network.modules()):
+    if any(isinstance(module, _BatchNorm) and not isinstance(module, GlobalBatchNorm) for module in network.modules()):
         raise ConfigError(
-            f"pretrain.model.backbone = {config.model.backbone}: has fused batch norms, which cannot be synchronised "
-            f"over {world_size()} workers without GPUs; must be another, or run with cluster.num_workers = 1"
+            f"pretrain.model.backbone = {config.model.backbone}: has batch norms of its own kind, which cannot be "
+            f"synchronised over {world_size()} workers without GPUs; must be another, or run with "
+            "cluster.num_workers = 1"
         )
     return network

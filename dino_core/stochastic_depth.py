@@ -6,6 +6,8 @@ Source: Huang et al. (arXiv 1603.09382).
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -19,20 +21,36 @@ _STREAM = 2**63
 """Sets these numbers apart from those of the crops, whose second coordinate is an epoch."""
 
 
+@dataclass
+class _Pass:
+    """One forward pass: its coordinates, the masks drawn for it, and how often each layer has taken one."""
+
+    key: tuple[int, int, int]
+    """(seed, step, group)."""
+    num_crops: int
+    images: np.ndarray
+    """Places of its images in the global batch."""
+    device: torch.device
+    calls: list[int]
+    tables: list[list[Tensor]] = field(default_factory=list)
+    """For each call the factors [rows] of each layer."""
+
+
+Bookmark: TypeAlias = tuple[_Pass, tuple[int, ...]]
+"""A place in a forward pass: the pass, and the calls of each layer until then."""
+
+
 class DepthMasks:
     """What all `StochasticDepth` layers of a backbone share: which rows keep which layer in the current forward pass.
 
     A mask is a pure function of (seed, step, group, call, layer, crop, image of the global batch), so it does not
-    matter how many ranks share the batch.
+    matter how many ranks share the batch, or in how many parts a rank takes its share.
     """
 
     def __init__(self) -> None:
         self._drop_probs: list[float] = []
-        self._key: tuple[int, int, int] | None = None
-        self._shape = (0, 0)
-        self._device = torch.device("cpu")
-        self._tables: list[list[Tensor]] = []
-        self._calls: list[int] = []
+        self._pass: _Pass | None = None
+        self._num_calls = 1
 
     def add_layer(self, drop_prob: float) -> int:
         self._drop_probs.append(drop_prob)
@@ -50,38 +68,54 @@ class DepthMasks:
         first_image: int = 0,
         share: int | None = None,
     ) -> None:
-        """Before the forward pass of one group of crops: `num_crops` x `num_images` rows on this rank, crop-major."""
-        self._key = (seed, step, group)
-        self._shape = (num_crops, num_images)
-        self._first = rank() * (share or num_images) + first_image
-        self._device = device
-        self._tables = []
-        self._calls = [0] * len(self._drop_probs)
+        """Before the forward pass of one group of crops: `num_crops` x `num_images` rows on this rank, crop-major.
+
+        Args:
+            first_image: where these images begin within the rank's share of the global batch.
+            share: images of the rank's whole share; None: these are all.
+        """
+        first = rank() * (num_images if share is None else share) + first_image
+        images = np.arange(first, first + num_images)
+        current = _Pass((seed, step, group), num_crops, images, device, [0] * len(self._drop_probs))
+        self._pass = current
+        # drawn here rather than in the pass, where torch.compile would have to look inside
+        current.tables = [self._draw(current, call) for call in range(self._num_calls)]
 
     def take(self, layer: int) -> Tensor:
         """Factors [rows] of the layer's next call in this pass: 0, or 1 / (share of rows kept)."""
-        if self._key is None:
+        current = self._pass
+        if current is None:
             raise RuntimeError("stochastic depth in training mode before DepthMasks.begin(): no seed and step are set")
-        call = self._calls[layer]
-        self._calls[layer] += 1
-        if call == len(self._tables):  # a layer used more than once per pass: most backbones never come here again
-            self._tables.append(self._draw(call))
-        return self._tables[call][layer]
+        call = current.calls[layer]
+        current.calls[layer] += 1
+        if call == len(current.tables):  # a layer used more than once per pass: most backbones never come here
+            current.tables.append(self._draw(current, call))
+            self._num_calls = max(self._num_calls, len(current.tables))
+        return current.tables[call][layer]
 
-    def _draw(self, call: int) -> list[Tensor]:
-        assert self._key is not None
-        num_crops, num_images = self._shape
-        key = root(self._key[0])
-        for word in (_STREAM, *self._key[1:], call):
+    def bookmark(self) -> Bookmark | None:
+        """The place in the current pass, to `resume` from when a part of it is computed again."""
+        return None if self._pass is None else (self._pass, tuple(self._pass.calls))
+
+    def resume(self, bookmark: Bookmark | None) -> None:
+        """Go back to a place in the current or an earlier pass."""
+        if bookmark is not None:
+            self._pass, calls = bookmark
+            self._pass.calls[:] = calls
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _draw(self, current: _Pass, call: int) -> list[Tensor]:
+        seed, *words = current.key
+        key = root(seed)
+        for word in (_STREAM, *words, call):
             key = absorb(key, word)
         layers = absorb(key, np.arange(len(self._drop_probs)))  # [L]
-        crops = absorb(layers[:, None], np.arange(num_crops))  # [L, crops]
-        images = self._first + np.arange(num_images)
-        draws = (absorb(crops[:, :, None], images) >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
+        crops = absorb(layers[:, None], np.arange(current.num_crops))  # [L, crops]
+        draws = (absorb(crops[:, :, None], current.images) >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
         keep = 1 - np.asarray(self._drop_probs, dtype=np.float32)[:, None, None]
         factors = (draws < keep) / keep  # [L, crops, images]
         table = torch.from_numpy(factors.astype(np.float32).reshape(len(keep), -1))
-        return list(table.to(self._device, non_blocking=True))
+        return list(table.to(current.device, non_blocking=True))
 
 
 class StochasticDepth(nn.Module):

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from dino_core.backbone_names import backbone_modules, check_backbone_name
+from dino_core.backbone_names import check_backbone_name, setting_problems, sizing
 from dino_core.config import ConfigError
 from dino_core.schedules import build_schedules
 from orchestrator.config import DataConfig, RunConfig
@@ -19,9 +19,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_VIT_MODULES = frozenset({"vision_transformer", "deit"})
-_VIT_SIZES = ("patch_size", "embed_dim", "depth", "num_heads")
-
 
 def model_problems(config: RunConfig) -> list[str]:
     """A line for each thing that the backbone, its crops and the workers cannot do together."""
@@ -30,17 +27,15 @@ def model_problems(config: RunConfig) -> list[str]:
         check_backbone_name(model.backbone)
     except ConfigError as error:
         return [str(error)]
-    problems = []
-    sizes = {name: getattr(model, name) for name in _VIT_SIZES if getattr(model, name) is not None}
-    if backbone_modules()[model.backbone] in _VIT_MODULES:
+    problems = setting_problems(model)
+    kind = sizing(model.backbone)
+    if kind.multiples_of_patch:
         named = re.search(r"patch(\d+)", model.backbone)
         patch = model.patch_size or (int(named[1]) if named else 1)
         for name in ("global_size", "local_size") if crops.num_local_crops else ("global_size",):
             size = getattr(crops, name)
             if size % patch:
                 problems.append(f"pretrain.crops.{name} = {size}: must be a multiple of the patch size {patch}")
-    else:
-        problems += [f"pretrain.model.{k} = {v}: must be none, {model.backbone} is not a ViT" for k, v in sizes.items()]
     return problems
 
 

@@ -101,7 +101,6 @@ def messages() -> dict[str, str]:
     """Why configurations do not run on two workers without GPUs."""
     changes = {
         "odd batch": {"batch_size": 5},
-        "backbone": {"model": ModelConfig(backbone="regnetx_002", drop_path=0.0)},
     }
     found = {}
     for name, change in changes.items():
@@ -182,7 +181,6 @@ def test_one_bad_rank_stops_all(ranks):
 def test_configurations_that_two_cpu_workers_cannot_run(ranks):
     found = ranks[0]["messages"]
     assert found["odd batch"] == "pretrain.batch_size = 5: must be a multiple of cluster.num_workers = 2"
-    assert found["backbone"].startswith("pretrain.model.backbone = regnetx_002: has fused batch norms")
 
 
 def test_without_a_process_group_collectives_do_nothing():

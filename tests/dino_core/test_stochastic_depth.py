@@ -46,6 +46,38 @@ def test_an_image_keeps_its_mask_in_a_larger_batch():
     assert torch.equal(small, large[:, :, :3])
 
 
+def test_a_part_of_the_share_has_the_masks_of_its_rows():
+    masks = DepthMasks()
+    layer = masks.add_layer(0.5)
+
+    def take(num_images: int, **place: int) -> Tensor:
+        masks.begin(1, 2, 0, num_crops=3, num_images=num_images, device=CPU, **place)
+        return masks.take(layer).unflatten(0, (3, num_images))  # [crops, images]
+
+    whole = take(12)
+    parts = [take(4, first_image=first, share=12) for first in (0, 4, 8)]
+    assert torch.equal(torch.cat(parts, dim=1), whole)
+    assert not torch.equal(parts[0], parts[1])
+    assert torch.equal(take(12, share=12), whole)
+
+
+def test_the_place_in_an_earlier_pass_can_be_taken_up_again():
+    masks = DepthMasks()
+    layers = [masks.add_layer(0.5), masks.add_layer(0.5)]
+    masks.begin(1, 2, 0, num_crops=2, num_images=50, device=CPU)
+    masks.take(layers[0])
+    place = masks.bookmark()
+    expected = [masks.take(layer) for layer in (layers[0], layers[1], layers[0])]
+    masks.begin(1, 2, 1, num_crops=1, num_images=50, device=CPU)
+    masks.take(layers[0])
+    for _ in range(2):
+        masks.resume(place)
+        assert all(
+            torch.equal(masks.take(layer), factors)
+            for layer, factors in zip((layers[0], layers[1], layers[0]), expected, strict=True)
+        )
+
+
 def test_the_share_dropped_is_the_rate_and_the_mean_is_kept():
     drawn = factors(images=20_000)
     assert (drawn == 0).float().mean(dim=1).tolist() == pytest.approx([0.3] * 4, abs=0.01)
