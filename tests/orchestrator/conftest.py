@@ -14,9 +14,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 
-from orchestrator.ray_cluster import CHILD_ENV
+from orchestrator.ray_cluster import CHILD_ENV, end_processes
 
 
 def free_port() -> int:
@@ -57,7 +58,9 @@ def ray_head() -> Iterator[Head]:
         _wait_for_head(process, dashboard, Path(temporary))
         yield Head(f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}")
     finally:
-        process.terminate()
+        # `ray start --block` itself takes half a minute to end what it started.
+        family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+        end_processes(family, patience_s=0)
         process.wait(60)
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import subprocess
 
 import psutil
@@ -91,8 +90,9 @@ def test_the_cluster_is_the_one_named_then_that_of_the_job(monkeypatch: pytest.M
 
 
 def test_processes_that_do_not_end_by_themselves_are_killed() -> None:
-    quick = subprocess.Popen(["sleep", "0.1"])
-    stubborn = subprocess.Popen(["sleep", "600"])
-    end_processes([psutil.Process(quick.pid), psutil.Process(stubborn.pid)], patience_s=1.0)
-    assert quick.wait(1) == 0
-    assert stubborn.wait(1) == -signal.SIGKILL
+    children = [subprocess.Popen(["sleep", seconds]) for seconds in ("0.1", "600")]
+    processes = [psutil.Process(child.pid) for child in children]
+    end_processes(processes, patience_s=1.0)
+    assert not any(process.is_running() for process in processes)
+    for child in children:
+        child.wait(1)
