@@ -4,18 +4,17 @@ import os
 import sys
 from typing import NoReturn
 
-from orchestrator.cli import FAILED, INTERRUPTED, main
+from orchestrator.cli import main
 
 
 def run() -> NoReturn:
     """Run the command line and end the process with its exit code."""
     code = main()
-    if code in (FAILED, INTERRUPTED):
-        # A thread may still train, and torch aborts a process whose Python winds up meanwhile.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Everything is closed by now. A thread that still trains, or one of a library, must not turn the end into an abort:
+    # torch ends a process so whose Python winds up meanwhile.
+    os._exit(code)
 
 
 if __name__ == "__main__":

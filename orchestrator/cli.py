@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
 def cli() -> None:
-    """Self-supervised pre-training by self-distillation (DINO) on Ray, with sweeps, recorded in MLflow."""
+    """Self-supervised pre-training by self-distillation on Ray, with sweeps, recorded in MLflow."""
 
 
 def _complete_recipes(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -273,7 +273,9 @@ def compare(experiment: str, settings: tuple[str, ...], form: Any, output: str |
 @click.argument("folder", metavar="DIR")
 @click.option("--network", type=click.Choice(NETWORKS), default="teacher", show_default=True, help="Whose backbone.")
 def export(run: str, form: Any, folder: str, network: Any) -> None:
-    """Write the backbone of RUN into the new folder DIR, for use elsewhere.
+    """Export the backbone of RUN to the folder DIR.
+
+    For use elsewhere: by timm, Hugging Face or ONNX, or as plain safetensors.
 
     RUN is a run in the storage folder, the path of one, or the folder of a checkpoint; of a run, the newest whole
     checkpoint is taken.
