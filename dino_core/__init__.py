@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from dino_core.config import PretrainConfig as PretrainConfig
     from dino_core.crops import CropBatch as CropBatch
     from dino_core.crops import MultiCrop as MultiCrop
+    from dino_core.diagnosis import diagnose as diagnose
+    from dino_core.export import export_backbone as export_backbone
     from dino_core.heads import DINOHead as DINOHead
     from dino_core.heads import Predictor as Predictor
     from dino_core.losses import dino_loss as dino_loss
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from dino_core.methods import METHODS as METHODS
     from dino_core.methods import with_method as with_method
     from dino_core.objectives import Objective as Objective
+    from dino_core.pretrained import load_official as load_official
     from dino_core.schedules import cosine_schedule as cosine_schedule
     from dino_core.train import NonFiniteLossError as NonFiniteLossError
     from dino_core.train import TrainState as TrainState
@@ -40,6 +43,8 @@ _MODULES = {
     "PretrainConfig": "dino_core.config",
     "CropBatch": "dino_core.crops",
     "MultiCrop": "dino_core.crops",
+    "diagnose": "dino_core.diagnosis",
+    "export_backbone": "dino_core.export",
     "DINOHead": "dino_core.heads",
     "Predictor": "dino_core.heads",
     "dino_loss": "dino_core.losses",
@@ -49,6 +54,7 @@ _MODULES = {
     "METHODS": "dino_core.methods",
     "with_method": "dino_core.methods",
     "Objective": "dino_core.objectives",
+    "load_official": "dino_core.pretrained",
     "cosine_schedule": "dino_core.schedules",
     "NonFiniteLossError": "dino_core.train",
     "TrainState": "dino_core.train",

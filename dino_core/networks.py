@@ -88,8 +88,11 @@ def build_student(config: PretrainConfig, backbone: nn.Module | None = None) -> 
     else:
         backbone = copy.deepcopy(backbone)
         in_dim = adopt_backbone(backbone, crops.global_size)
-        if crops.num_local_crops:
-            adopt_backbone(backbone, crops.local_size)
+        if crops.num_local_crops and (width := adopt_backbone(backbone, crops.local_size)) != in_dim:
+            raise ConfigError(
+                f"pretrain.model.backbone = {type(backbone).__name__}: must give features of one width, not {in_dim} "
+                f"for crops of {crops.global_size} pixels and {width} for {crops.local_size}"
+            )
         if config.model.activation_checkpointing:
             try:
                 checkpoint_activations(backbone)

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import dino_core
+from dino_core.backbones import build_backbone
 from dino_core.checkpoint import load_checkpoint, save_checkpoint
 from dino_core.config import (
     ConfigError,
@@ -278,6 +279,51 @@ def test_few_local_crops(num_local):
     config = changed(crops=dataclasses.replace(CONFIG.crops, num_local_crops=num_local))
     state = TrainState.create(config, NUM_SAMPLES)
     assert train_step(state, batch(0, config))["train/loss"].isfinite()
+
+
+class Pixels(nn.Module):
+    """A network of someone's own: two layers on the mean of 4x4 patches, so that any size of crop will do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 12, 4, stride=4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layers(images)
+
+
+def test_a_module_of_ones_own_is_a_backbone():
+    module = Pixels()
+    state = TrainState.create(CONFIG, NUM_SAMPLES, backbone=module)
+    before = [parameter.clone() for parameter in module.parameters()]
+    assert equal(before, list(state.student.backbone.parameters())), "its weights are where training starts"
+    for step in range(3):
+        assert train_step(state, batch(step))["train/loss"].isfinite()
+    assert equal(before, list(module.parameters())), "it was copied"
+    assert not equal(before, list(state.student.backbone.parameters()))
+
+
+def test_a_timm_model_of_ones_own_keeps_its_stochastic_depth():
+    module = build_backbone(CONFIG.model, 16, drop_path=0.0)
+    dropping = build_backbone(CONFIG.model, 16, drop_path=0.5)
+    dropping.load_state_dict(module.state_dict())
+    losses = [
+        train_step(TrainState.create(CONFIG, NUM_SAMPLES, backbone=own), batch(0))["train/loss"]
+        for own in (module, module, dropping)
+    ]
+    assert losses[0] == losses[1] != losses[2]
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        (nn.Flatten(), "must give features of one width, not 768 for crops of 16 pixels and 192 for 8"),
+        (nn.Conv2d(3, 4, 3), r"Conv2d: must turn images \[2, 3, 16, 16\] into features \[2, D\]"),
+    ],
+)
+def test_a_module_that_gives_no_features_is_refused(module, reason):
+    with pytest.raises(ConfigError, match=reason):
+        TrainState.create(CONFIG, NUM_SAMPLES, backbone=module)
 
 
 def test_a_convnet_with_batch_norm_trains():
