@@ -16,7 +16,8 @@ from orchestrator.config import RunConfig
 from orchestrator.overrides import flatten, show
 from orchestrator.preflight import open_sources
 from orchestrator.ray_cluster import Capacity, Demand, cluster_address, plan_concurrency, resolve_launcher
-from orchestrator.sweep import Sweep, Trial, short_names
+from orchestrator.runs import Trial
+from orchestrator.sweep import Sweep, short_names
 from orchestrator.tracking import Target
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import shlex
 import subprocess
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,22 @@ from orchestrator.records import RUN_FILE, SWEEP_FILE, RunRecord
 
 if TYPE_CHECKING:
     from orchestrator.data.sources import Source
-    from orchestrator.sweep import Trial
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of a sweep."""
+
+    trial_id: str
+    """The same for the same values and seed; letters, digits, '.', '_' and '-' only."""
+    changes: dict[str, Any]
+    """What its row sets and the varied keys with their values, without the seed."""
+    seed: int
+    config: RunConfig
+    row: str | None = None
+    method: str | None = None
+    paper: Mapping[str, float] = field(default_factory=dict)
+
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 

@@ -31,7 +31,7 @@ from orchestrator.overrides import (
     unknown_key,
 )
 from orchestrator.preflight import model_problems
-from orchestrator.runs import check_name
+from orchestrator.runs import Trial, check_name
 
 METRICS = (
     "eval/knn_top1",
@@ -131,21 +131,6 @@ class Sweep(CheckedConfig):
                 "the steps that every trial gets before it can be stopped"
             )
         return problems
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One run of a sweep."""
-
-    trial_id: str
-    """The same for the same values and seed; letters, digits, '.', '_' and '-' only."""
-    changes: dict[str, Any]
-    """What its row sets and the varied keys with their values, without the seed."""
-    seed: int
-    config: RunConfig
-    row: str | None = None
-    method: str | None = None
-    paper: Mapping[str, float] = field(default_factory=dict)
 
 
 def setting_keys() -> dict[str, Key]:

@@ -15,7 +15,8 @@ from dino_core.schedules import build_schedules
 from orchestrator.catalog import load_recipe, summary, sweep_module, sweep_names
 from orchestrator.config import RunConfig
 from orchestrator.overrides import flatten
-from orchestrator.sweep import Trial, expand
+from orchestrator.runs import Trial
+from orchestrator.sweep import expand
 from orchestrator.sweep_file import load_sweep
 from sweeps.recipes import RECIPES
 
