@@ -20,7 +20,7 @@ def values(recipe: str, prefix: str = "pretrain.") -> dict[str, Any]:
 
 
 def test_the_recipes_that_are_promised() -> None:
-    assert list(recipes()) == ["quickstart", "cifar10_tiny", "cifar10_regnet", "dino_vits16", "dino_resnet50"]
+    assert list(recipes()) == ["quickstart", "cifar10_tiny", "cifar10_simclr", "dino_vits16", "dino_resnet50"]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -34,7 +34,7 @@ def test_a_recipe_is_complete(recipe: str) -> None:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_says_where_it_is_from_what_it_costs_what_to_expect_and_how_to_run_it(recipe: str) -> None:
     text = inspect.getdoc(RECIPES[recipe]) or ""
-    for part in ("Paper: ", "arXiv 2104.14294", "Cost: ", "Expected: ", f"python -m orchestrator pretrain {recipe}"):
+    for part in ("Paper: ", "arXiv 2", "Cost: ", "Expected: ", f"python -m orchestrator pretrain {recipe}"):
         assert part in text
     assert 40 < len(summary(RECIPES[recipe])) <= 115
 
