@@ -37,22 +37,24 @@ def checkpoint_activations(backbone: nn.Module) -> None:
     backbone.register_forward_hook(passes.leave, always_call=True)
 
 
+_GUARD = "guarded_against_recomputation_by"
+"""Attribute of a batch norm that has its hooks. A copy of the backbone copies hooks, attribute and passes alike."""
+
+
 class _Passes:
     """Hooks around each training pass of a backbone. Any of its layers called outside them is being recomputed."""
 
     def __init__(self) -> None:
         self.running = False
-        self._guards_norms = False
         self._bookmarking: torch.autograd.graph.saved_tensors_hooks | None = None
 
     def enter(self, backbone: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if not self._guards_norms:  # not before the first pass: until then batch norms may be replaced by global ones
-            self._guards_norms = True
-            for module in backbone.modules():
-                if isinstance(module, _BatchNorm):
-                    guard = _RunningStatistics(self)
-                    module.register_forward_pre_hook(guard.set_aside)
-                    module.register_forward_hook(guard.put_back, always_call=True)
+        for module in backbone.modules():  # at every pass: batch norms may have been replaced by global ones
+            if isinstance(module, _BatchNorm) and module.__dict__.get(_GUARD) is not self:
+                module.__dict__[_GUARD] = self
+                guard = _RunningStatistics(self)
+                module.register_forward_pre_hook(guard.set_aside)
+                module.register_forward_hook(guard.put_back, always_call=True)
         self.running = True
         masks = depth_masks(backbone)
         # nothing is computed on the meta device, and whoever counts there what autograd saves has hooks of his own

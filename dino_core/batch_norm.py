@@ -103,6 +103,11 @@ _REPLACEMENTS: dict[type[nn.Module], type[GlobalBatchNorm]] = {
 }
 
 
+def can_be_synchronised(norm: _BatchNorm) -> bool:
+    """Whether nothing is lost by replacing it; a subclass may have a forward pass of its own."""
+    return type(norm) in _REPLACEMENTS or isinstance(norm, GlobalBatchNorm | nn.SyncBatchNorm)
+
+
 def use_global_batch_norm(network: nn.Module) -> nn.Module:
     """Replace every `torch.nn.BatchNorm{1,2,3}d` and timm `BatchNormAct2d` inside `network`, in place.
 

@@ -49,7 +49,7 @@ def _balances_batch(c: PretrainConfig) -> bool:
 
 
 def _has_batch_norm(c: PretrainConfig) -> bool:
-    return c.head.batch_norm or c.head.output_batch_norm
+    return (c.head.batch_norm and c.head.num_layers > 1) or c.head.output_batch_norm
 
 
 _COPY = (

@@ -128,7 +128,7 @@ class HeadConfig(CheckedConfig):
     norm_last_layer: bool = True
     """Keep the prototypes at unit length; False learns their lengths (--norm_last_layer | -)."""
     batch_norm: bool = False
-    """Batch norm after the hidden layers (--use_bn_in_head | -)."""
+    """Batch norm after the hidden layers, of which a single layer has none (--use_bn_in_head | -)."""
     output_batch_norm: bool = False
     """Batch norm without scale and shift after the bottleneck, before its L2 norm (- | -)."""
     activation: Literal["gelu", "relu"] = "gelu"
@@ -183,7 +183,7 @@ class TeacherConfig(CheckedConfig):
     mode: Literal["train", "eval"] = "train"
     """Whether its batch norms use the statistics of the batch or the running ones (- | -)."""
     ema_buffers: bool = False
-    """Move its running statistics as its weights; False leaves them to its own forward passes (- | -)."""
+    """Move its running statistics as its weights instead of by its own forward passes (- | -)."""
     sharpening: Literal["softmax", "argmax", "none"] = "softmax"
     """cross_entropy: targets are the softmax at `temp`, one at the largest and 0 elsewhere (the limit of temperature
     0), or the softmax at the student's temperature (- | -)."""
@@ -412,6 +412,10 @@ class PretrainConfig(CheckedConfig):
                 "teacher.centering = center: must be none with loss.name = info_nce, which compares only differences "
                 "between images; a centre that moves would make outputs of different steps incomparable"
             )
+        if loss == "info_nce" and self.loss.queue_size is None and self.batch_size < 2:
+            problems.append(
+                "batch_size = 1: must be >= 2 with loss.name = info_nce, whose negatives are the other images"
+            )
         if not teacher.stop_gradient:
             problems += self._two_sided_problems()
         if teacher.mode == "eval" and not teacher.ema_buffers and self._has_batch_norm_in_heads():
@@ -441,9 +445,11 @@ class PretrainConfig(CheckedConfig):
                 "teacher.stop_gradient = False: must be true with pretrain.accumulate_steps > 1; the gradient through "
                 "the negatives needs the whole batch at once"
             )
+        if self.teacher.mode == "eval":
+            problems.append("teacher.stop_gradient = False: needs pretrain.teacher.mode = train, as the student is")
         if self.predictor.num_layers:
             problems.append("teacher.stop_gradient = False: must be true with a predictor, which has two unlike sides")
         return problems
 
     def _has_batch_norm_in_heads(self) -> bool:
-        return self.head.batch_norm or self.head.output_batch_norm
+        return (self.head.batch_norm and self.head.num_layers > 1) or self.head.output_batch_norm

@@ -69,7 +69,10 @@ class _PairedCrossEntropy(torch.autograd.Function):
             z.sub_(normalisers[..., None]).exp_().mul_(weights[..., None])
             z[:num_teacher] -= others
             z[num_teacher:] -= summed
-            ctx.save_for_backward(z.mul_(1 / (num_terms * student_temp)).to(student_logits.dtype))
+            # in fp16 most entries would be 0 before the loss scale reaches them
+            keep = torch.float32 if student_logits.dtype == torch.float16 else student_logits.dtype
+            ctx.save_for_backward(z.mul_(1 / (num_terms * student_temp)).to(keep))
+            ctx.dtype = student_logits.dtype
         # subtracted row by row: both sides are large where the loss is small
         return (weights * normalisers - matches).sum() / num_terms
 
@@ -77,7 +80,7 @@ class _PairedCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grad_output.to(gradient.dtype), None, None
+        return (gradient * grad_output.to(gradient.dtype)).to(ctx.dtype), None, None
 
 
 def mse_loss(student_outputs: Tensor, targets: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
         "pretrain.predictor.num_layers": 2,
         "pretrain.predictor.batch_norm": True,
     },
-    # arXiv 2011.10566, section 3: batch norm on the output too, and a predictor with a narrow hidden layer
+    # arXiv 2011.10566, section 3: batch norm on the output too; the predictor's width stays that of the recipe
     "simsiam": {
         **_EMBEDDINGS,
         "pretrain.loss.name": "mse",
@@ -94,6 +94,21 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
 """Changes of a configuration of DINO, by dotted key."""
 
 
+def changes_of(name: str, base: PretrainConfig) -> Mapping[str, Any]:
+    """What the named method changes of `base`, by dotted key.
+
+    Raises:
+        ConfigError: there is no such method, or `base` is no configuration of DINO.
+    """
+    check_method(name)
+    if base.loss.name != "cross_entropy":
+        raise ConfigError(
+            f"method {name}: is a change of DINO, and cannot be applied to a configuration with "
+            f"pretrain.loss.name = {base.loss.name}"
+        )
+    return METHODS[name]
+
+
 def check_method(name: str) -> None:
     """Raises:
     ConfigError: there is no such method; names the nearest.
@@ -110,9 +125,8 @@ def with_method(config: PretrainConfig, name: str) -> PretrainConfig:
     Raises:
         ConfigError: there is no such method, or it does not go with the rest of `config`.
     """
-    check_method(name)
     parts: dict[str, dict[str, Any]] = {}
-    for key, value in METHODS[name].items():
+    for key, value in changes_of(name, config).items():
         _, part, field = key.split(".")
         parts.setdefault(part, {})[field] = value
     changed = {part: dataclasses.replace(getattr(config, part), **values) for part, values in parts.items()}

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dino_core.activation_checkpointing import checkpoint_activations
 from dino_core.backbones import adopt_backbone, build_backbone, check_crop_sizes, num_features
-from dino_core.batch_norm import GlobalBatchNorm, use_global_batch_norm
+from dino_core.batch_norm import can_be_synchronised, use_global_batch_norm
 from dino_core.config import ConfigError, PretrainConfig
 from dino_core.distributed import world_size
 from dino_core.heads import DINOHead, Predictor
@@ -86,18 +86,7 @@ def build_student(config: PretrainConfig, backbone: nn.Module | None = None) -> 
         check_crop_sizes(backbone, config.model, crops)
         in_dim = num_features(backbone)
     else:
-        backbone = copy.deepcopy(backbone)
-        in_dim = adopt_backbone(backbone, crops.global_size)
-        if crops.num_local_crops and (width := adopt_backbone(backbone, crops.local_size)) != in_dim:
-            raise ConfigError(
-                f"pretrain.model.backbone = {type(backbone).__name__}: must give features of one width, not {in_dim} "
-                f"for crops of {crops.global_size} pixels and {width} for {crops.local_size}"
-            )
-        if config.model.activation_checkpointing:
-            try:
-                checkpoint_activations(backbone)
-            except NotImplementedError as error:
-                raise ConfigError(f"pretrain.model.activation_checkpointing = True: {error}") from error
+        backbone, in_dim = _own_backbone(backbone, config)
     settings = config.head
     head = DINOHead(
         in_dim,
@@ -123,6 +112,47 @@ def build_student(config: PretrainConfig, backbone: nn.Module | None = None) -> 
     return CropNetwork(backbone, head, predictor)
 
 
+def _own_backbone(module: nn.Module, config: PretrainConfig) -> tuple[nn.Module, int]:
+    """A copy of a user's module that can be trained, saved and restored, and the width of its features.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    backbone, crops = copy.deepcopy(module), config.crops
+    problem = f"pretrain.model.backbone = {type(module).__name__}: "
+    in_dim = adopt_backbone(backbone, crops.global_size)
+    if crops.num_local_crops and (width := adopt_backbone(backbone, crops.local_size)) != in_dim:
+        raise ConfigError(
+            f"{problem}must give features of one width, not {in_dim} for crops of {crops.global_size} pixels and "
+            f"{width} for {crops.local_size}"
+        )
+    tensors = backbone.state_dict()
+    storages = [tensor.untyped_storage().data_ptr() for tensor in tensors.values() if tensor.numel()]
+    if len(set(storages)) < len(storages):
+        raise ConfigError(f"{problem}has weights that share memory, which a checkpoint cannot hold; must have none")
+    if not_finite := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise ConfigError(
+            f"{problem}must be finite, {', '.join(not_finite[:3])} is not; make it a non-persistent buffer"
+        )
+    if unused := _unused_parameters(backbone, crops.global_size):
+        raise ConfigError(
+            f"{problem}does not use its trainable {', '.join(unused[:3])}; remove them or set requires_grad_(False)"
+        )
+    if config.model.activation_checkpointing:
+        try:
+            checkpoint_activations(backbone)
+        except NotImplementedError as error:
+            raise ConfigError(f"pretrain.model.activation_checkpointing = True: {error}") from error
+    return backbone, in_dim
+
+
+def _unused_parameters(backbone: nn.Module, image_size: int) -> list[str]:
+    """Trainable parameters without a part in the features; gradients of several workers wait for them for ever."""
+    trial = copy.deepcopy(backbone).eval()
+    trial(torch.zeros(2, 3, image_size, image_size)).sum().backward()
+    return [name for name, p in trial.named_parameters() if p.requires_grad and p.grad is None]
+
+
 def build_teacher(student: CropNetwork, config: PretrainConfig) -> CropNetwork:
     """A copy of the student without stochastic depth, predictor and gradients.
 
@@ -133,8 +163,11 @@ def build_teacher(student: CropNetwork, config: PretrainConfig) -> CropNetwork:
     remove_stochastic_depth(backbone)
     teacher = CropNetwork(backbone, head).requires_grad_(False)
     settings = config.teacher
-    has_batch_norm = any(isinstance(module, _BatchNorm) for module in teacher.modules())
-    if settings.mode == "eval" and not settings.ema_buffers and has_batch_norm:
+    norms = [module for module in teacher.modules() if isinstance(module, _BatchNorm)]
+    if settings.ema_buffers:
+        for norm in norms:
+            norm.momentum = 0.0  # its own passes leave the running statistics alone
+    if settings.mode == "eval" and not settings.ema_buffers and norms:
         raise ConfigError(
             "pretrain.teacher.mode = eval: needs pretrain.teacher.ema_buffers = true; "
             f"{config.model.backbone} has batch norms, whose running statistics would never move"
@@ -146,18 +179,17 @@ def synchronise_batch_norm(network: CropNetwork, config: PretrainConfig, device:
     """With several workers, make batch norms use the statistics of the global batch.
 
     Raises:
-        ConfigError: the backbone fuses its batch norms with other layers, and there are several workers and no GPU.
+        ConfigError: there are several workers, and the backbone has batch norms with a forward pass of their own.
     """
     if world_size() == 1:
         return network
-    if device.type == "cuda":
-        converted: CropNetwork = convert_sync_batchnorm(network)  # timm's also knows the batch norms that timm fuses
-        return converted
-    use_global_batch_norm(network)
-    if any(isinstance(module, _BatchNorm) and not isinstance(module, GlobalBatchNorm) for module in network.modules()):
+    if any(isinstance(module, _BatchNorm) and not can_be_synchronised(module) for module in network.modules()):
         raise ConfigError(
             f"pretrain.model.backbone = {config.model.backbone}: has batch norms of its own kind, which cannot be "
-            f"synchronised over {world_size()} workers without GPUs; must be another, or run with "
-            "cluster.num_workers = 1"
+            f"synchronised over {world_size()} workers; must be another, or run with cluster.num_workers = 1"
         )
-    return network
+    if device.type != "cuda":
+        use_global_batch_norm(network)
+        return network
+    converted: CropNetwork = convert_sync_batchnorm(network)  # timm's also knows the batch norms that timm fuses
+    return converted

@@ -128,6 +128,23 @@ def build_schedules(config: PretrainConfig, num_samples: int) -> Schedules:
     lr_warmup = warmup("optim.warmup_epochs", optim.warmup_epochs)
     temp_warmup = warmup("teacher.warmup_temp_epochs", teacher.warmup_temp_epochs, whole_epochs=teacher.temp_by_epoch)
     peak_lr = _peak_lr(config, notes)
+    frozen = round(optim.freeze_last_layer_epochs * steps_per_epoch)
+    if config.head.num_prototypes is not None and frozen >= total_steps:
+        notes.append(
+            f"pretrain.optim.freeze_last_layer_epochs = {optim.freeze_last_layer_epochs:g}: is {frozen} steps; the "
+            f"prototypes never move in the run of {total_steps} steps"
+        )
+    if teacher.update == "previous_epoch" and epoch(total_steps) == 0:
+        notes.append(
+            f"pretrain.teacher.update = previous_epoch: the teacher never moves in the run of {total_steps} steps, "
+            f"its first epoch has {steps_per_epoch:g}"
+        )
+    queue = config.loss.queue_size
+    if queue is not None and queue > 2 * min(num_samples, total_steps * config.batch_size):
+        notes.append(
+            f"pretrain.loss.queue_size = {queue}: holds more than the {2 * num_samples} teacher outputs of an epoch or "
+            f"the {2 * total_steps * config.batch_size} of the run; images meet themselves or random directions in it"
+        )
     return Schedules(
         lr=(
             cosine_schedule(peak_lr, optim.min_lr, total_steps, lr_warmup)
@@ -142,7 +159,7 @@ def build_schedules(config: PretrainConfig, num_samples: int) -> Schedules:
             else linear_warmup_schedule(teacher.warmup_temp, teacher.temp, temp_warmup)
         ),
         total_steps=total_steps,
-        freeze_last_layer_steps=round(optim.freeze_last_layer_epochs * steps_per_epoch),
+        freeze_last_layer_steps=frozen,
         steps_per_epoch=steps_per_epoch,
         epoch=epoch,
         peak_lr=peak_lr,

@@ -138,7 +138,7 @@ def train_step(state: TrainState, crops: CropBatch, *, diagnose: bool = True) ->
 
     Returns:
         Metrics of all ranks together, before the update, as scalars on the device: train/loss, train/grad_norm (before
-        clipping), train/loss_scale (fp16) and, with `diagnose`, those of `_diagnose`.
+        clipping) and, with `diagnose`, those of `_diagnose`.
 
     Raises:
         NonFiniteLossError: before anything moved.
@@ -156,6 +156,8 @@ def train_step(state: TrainState, crops: CropBatch, *, diagnose: bool = True) ->
     else:
         loss, targets, features, outputs = _backward_through_both_sides(state, groups, crops.num_images)
     mean_loss = all_reduce_mean_(loss.clone())
+    if state.scaler.is_enabled():  # it cannot be asked twice to unscale, so the loss is looked at before
+        _stop_unless_finite(state, mean_loss)
 
     state.scaler.unscale_(state.optimizer)
     head, optim = state.student.head, config.optim
@@ -164,15 +166,11 @@ def train_step(state: TrainState, crops: CropBatch, *, diagnose: bool = True) ->
     if cancelled and not optim.clip_before_freeze:
         cancel_last_layer_gradients_(head)
     grad_norm = clip_gradients_(state.student, optim.clip_grad, optim.clip_mode)
-    # the one time that the host waits for the device; all ranks see the same mean, so all stop or none
-    if not torch.isfinite(mean_loss):
-        state.optimizer.zero_grad(set_to_none=True)
-        raise NonFiniteLossError(step, float(mean_loss))
+    if not state.scaler.is_enabled():  # the one time that the host waits for the device, as late as can be
+        _stop_unless_finite(state, mean_loss)
     if cancelled:
         cancel_last_layer_gradients_(head)
     metrics = {"train/loss": mean_loss, "train/grad_norm": grad_norm}
-    if state.scaler.is_enabled():
-        metrics["train/loss_scale"] = torch.tensor(state.scaler.get_scale(), device=state.device)
     if diagnose:
         metrics |= _diagnose(state, mean_loss, features, targets)
 
@@ -198,6 +196,13 @@ def train_step(state: TrainState, crops: CropBatch, *, diagnose: bool = True) ->
         move_teacher()
     state.step += 1
     return metrics
+
+
+def _stop_unless_finite(state: TrainState, loss: Tensor) -> None:
+    """All ranks see the same mean loss, so all stop or none."""
+    if not torch.isfinite(loss):
+        state.optimizer.zero_grad(set_to_none=True)
+        raise NonFiniteLossError(state.step, float(loss))
 
 
 def _backward_in_parts(state: TrainState, groups: Sequence[Tensor], targets: Targets) -> Tensor:
@@ -256,7 +261,8 @@ def _diagnose(state: TrainState, loss: Tensor, features: Tensor, targets: Target
 
     Always train/feature_std and train/feature_rank (teacher's backbone) and train/target_std (teacher's head, or its
     probabilities); for cross_entropy train/teacher_entropy, train/kl, train/loss_below_uniform (nats) and
-    train/prototype_usage; for info_nce train/loss_below_uniform (nats); with a centre train/center_norm.
+    train/prototype_usage; for info_nce train/loss_below_uniform (nats); with a centre train/center_norm; in fp16
+    train/loss_scale.
     """
     values = targets.values
     metrics = {
@@ -276,6 +282,8 @@ def _diagnose(state: TrainState, loss: Tensor, features: Tensor, targets: Target
         metrics["train/loss_below_uniform"] = distance_to_uniform(loss, 1 + (state.objective.num_negatives or in_batch))
     if state.config.teacher.centering == "center":
         metrics["train/center_norm"] = center_norm(state.objective.center)
+    if state.scaler.is_enabled():
+        metrics["train/loss_scale"] = torch.tensor(state.scaler.get_scale(), device=state.device)
     return metrics
 
 

@@ -146,11 +146,13 @@ def pretrain(
         return
     if recipe is None:
         raise click.UsageError("Missing argument 'RECIPE'; `recipes` lists what there is.")
+    from dino_core.methods import changes_of
     from orchestrator.catalog import load_recipe
     from orchestrator.overrides import merge_changes, override
     from orchestrator.preflight import check_launcher, check_model
 
-    config = override(load_recipe(recipe), merge_changes(_changes_of(method), changes))
+    base = load_recipe(recipe)
+    config = override(base, merge_changes(changes_of(method, base.pretrain) if method else {}, changes))
     check_launcher(config)
     check_model(config)
     if dry_run:
@@ -331,11 +333,13 @@ def _define_sweep(
     name: str, changes: dict[str, Any], vary: Sequence[str], seeds: int | None, base: str | None, method: str | None
 ) -> Sweep:
     """The sweep that the command line asks for."""
+    from dino_core.methods import check_method
     from orchestrator.catalog import load_recipe
     from orchestrator.sweep import with_settings, with_vary
     from orchestrator.sweep_file import load_sweep, parse_vary
 
-    _changes_of(method)
+    if method is not None:
+        check_method(method)
     if seeds is not None and "sweep.seeds" in changes:
         raise ConfigError(f"sweep.seeds: given twice, as --seeds {seeds} and {changes['sweep.seeds']}")
     defined = load_sweep(name)
@@ -350,16 +354,6 @@ def _define_sweep(
     if not defined.rows and not defined.space and defined.seeds == 1:
         raise ConfigError(f"{name}: varies nothing; give --vary KEY=V1,V2 or --seeds N, or use `pretrain`")
     return defined
-
-
-def _changes_of(method: str | None) -> Mapping[str, Any]:
-    """What a method changes; nothing for none. Raises ConfigError naming the nearest method."""
-    from dino_core.methods import METHODS, check_method
-
-    if method is None:
-        return {}
-    check_method(method)
-    return METHODS[method]
 
 
 def _resume_sweep(name: str, given: str | None, changes: dict[str, Any]) -> None:

@@ -114,11 +114,12 @@ def measure(config: RunConfig) -> ModelSize:
     """Build the run's student on torch's meta device and count. Raises ConfigError if model and crops do not fit."""
     import torch
 
-    from dino_core.networks import build_student
+    from dino_core.networks import build_student, build_teacher
 
     pretrain = config.pretrain
     with torch.device("meta"):
         student = build_student(pretrain)
+        build_teacher(student, pretrain)
     backbone, head = (sum(p.numel() for p in part.parameters()) for part in (student.backbone, student.head))
     everything = sum(p.numel() for p in student.parameters())
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
@@ -127,13 +128,18 @@ def measure(config: RunConfig) -> ModelSize:
     num_crops = 2 + pretrain.crops.num_local_crops
     num_outputs = pretrain.head.num_prototypes or pretrain.head.bottleneck_dim
     queue = (pretrain.loss.queue_size or 0) * num_outputs
+    compared = 0  # outputs that each output of the student is told from
+    if pretrain.loss.name == "info_nce":
+        compared = pretrain.loss.queue_size or 2 * pretrain.batch_size
     return ModelSize(
         backbone=backbone,
         head=head,
         weights=_FLOAT * (everything + backbone + head + trained * (1 + _MOMENTS[pretrain.optim.name]) + queue),
         activations=_held_by_autograd(student, pretrain, per_pass),
         # student, of one pass: logits, log-softmax, gradient; teacher, of the whole batch: logits, softmax
-        logits=_FLOAT * num_outputs * (3 * num_crops * per_pass + 2 * 2 * per_worker),
+        # and for info_nce the similarities, their exponentials and gradient
+        logits=_FLOAT
+        * (num_outputs * (3 * num_crops * per_pass + 2 * 2 * per_worker) + 3 * num_crops * per_pass * compared),
     )
 
 
@@ -278,7 +284,7 @@ def _size_lines(config: RunConfig, size: ModelSize, which: str = "") -> dict[str
     return {
         "parameters": f"{which}backbone {_count(size.backbone)} + head {_count(size.head)}, student and teacher each",
         "memory": f"{which}about {_bytes(size.total)} per worker for a step of {share} images:",
-        "  weights": f"{_bytes(size.weights)}  student, gradients, {moments} optimiser moments, teacher",
+        "  weights": f"{_bytes(size.weights)}  student, gradients, {moments} optimiser moments, teacher, queue if any",
         "  activations": f"{_bytes(size.activations)}  kept for the backward pass, {held} (attention unfused)",
         "  logits": f"{_bytes(size.logits)}  of all crops, their softmax and gradient",
         "  not included": "Python, torch, CUDA and Ray themselves (1 to 2.5 GB per process), and images in Ray's store",

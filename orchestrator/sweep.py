@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from dino_core.config import CheckedConfig, ConfigError, number
-from dino_core.methods import METHODS, check_method
+from dino_core.methods import METHODS, changes_of, check_method
 from orchestrator.catalog import load_recipe
 from orchestrator.config import RunConfig
 from orchestrator.overrides import (
@@ -108,6 +108,8 @@ class Sweep(CheckedConfig):
         return self.base if isinstance(self.base, str) else "custom"
 
     def _problems(self) -> list[str]:
+        if not isinstance(self.rows, Mapping) or not all(isinstance(row, Row) for row in self.rows.values()):
+            return ["rows: must be a mapping from names to Row(method=..., changes={...}, paper={...})"]
         problems = []
         try:
             check_name(self.name)
@@ -155,6 +157,9 @@ def expand(sweep: Sweep) -> list[Trial]:
         problems.append(f"sweep.space: makes {count} trials; must be at most {MAX_TRIALS}")
     if problems:
         raise ConfigError("\n".join(problems))
+    for method in (sweep.method, *(row.method for row in sweep.rows.values())):
+        if method is not None:
+            changes_of(method, base.pretrain)
     whole = METHODS[sweep.method] if sweep.method else {}
     names = short_names(list(space))
     wrong: dict[str, list[str]] = {}

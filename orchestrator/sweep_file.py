@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import os
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,13 +60,13 @@ def _load_python(path: Path) -> Sweep:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from None
     except SyntaxError as error:
         raise ConfigError(f"{path}, line {error.lineno}: {error.msg}") from None
     except ConfigError:
         raise
-    except (ImportError, NameError, TypeError, AttributeError, ValueError, LookupError) as error:
+    except Exception as error:
+        if isinstance(error, OSError) and error.filename in (str(path), os.fspath(path.absolute())):
+            raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from None
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         raise ConfigError(f"{path}, line {lines[-1] if lines else '?'}: {type(error).__name__}: {error}") from error
     return _exposed(module, str(path))

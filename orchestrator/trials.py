@@ -176,7 +176,10 @@ def load_from_mlflow(experiment: str, uri: str | None = None) -> list[TrialSumma
     """
     target = tracking.Target.of(TrackingConfig(uri=uri))
     if target.uri.startswith("sqlite:///") and not Path(target.uri.removeprefix("sqlite:///")).is_file():
-        raise CompareError(f"{target.uri}: no MLflow store there yet; it is created by the first run")
+        raise CompareError(
+            f"{experiment}: no such folder of a run or sweep, and no MLflow store at {target.uri} yet; "
+            "the first run creates it"
+        )
     from mlflow.exceptions import MlflowException
 
     try:

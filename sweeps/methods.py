@@ -1,7 +1,8 @@
 """MoCo v2, BYOL, SwAV and DINO under one recipe on a ViT: the same data, backbone, optimiser and schedule.
 
     python -m orchestrator sweep methods
-    python -m orchestrator sweep methods --base dino_vits16 data.source=/path/to/imagenet
+    python -m orchestrator sweep methods --base dino_vits16 data.source=/path/to/imagenet \\
+        pretrain.crops.num_local_crops=10
 
 Paper: arXiv 2104.14294, table 13, the columns of ViT-S/16 (`methods_resnet50` has those of ResNet-50): 300 epochs, SwAV
 and DINO with multi-crop.

@@ -96,6 +96,17 @@ def test_masks_of_a_layer_that_is_used_often_stay_in_order():
     check_the_same(Twice(), "block")
 
 
+def test_running_statistics_move_once_in_norms_that_were_replaced_after_a_first_pass():
+    torch.manual_seed(0)
+    backbone = timm.create_model("resnet10t", num_classes=0).train()
+    checkpoint_activations(backbone)
+    backbone(torch.randn(4, 3, 32, 32))
+    use_global_batch_norm(backbone)
+    copy.deepcopy(backbone)(torch.randn(4, 3, 32, 32)).sum().backward()
+    backbone(torch.randn(4, 3, 32, 32)).sum().backward()
+    assert backbone.bn1.num_batches_tracked == backbone.layer4[0].bn1.num_batches_tracked == 2
+
+
 def test_without_stochastic_depth_running_statistics_move_once():
     torch.manual_seed(0)
     backbone = timm.create_model("resnet10t", num_classes=0).train()

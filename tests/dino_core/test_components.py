@@ -236,18 +236,17 @@ def test_each_teacher_follows_the_student_as_it_says() -> None:
 
 def test_buffers_stay_the_teachers_own_or_follow_the_student() -> None:
     for ema_buffers in (False, True):
-        config = changed(
-            BASE, head={"batch_norm": True}, teacher={"ema_buffers": ema_buffers, "momentum": 0.5, "mode": "train"}
-        )
-        state = TrainState.create(config, NUM_SAMPLES)
+        config = changed(BASE, head={"batch_norm": True}, teacher={"ema_buffers": ema_buffers, "momentum": 0.5})
+        state, other = (TrainState.create(config, NUM_SAMPLES) for _ in range(2))
+        name = "head.mlp.1.running_mean"
         with torch.no_grad():
-            expected = TrainState.create(config, NUM_SAMPLES).teacher
-            expected([share(config, 0).global_crops])
+            other.teacher([share(config, 0).global_crops])
+        own = dict(other.teacher.named_buffers())[name]
         train_step(state, share(config, 0))
-        own = dict(expected.named_buffers())["head.mlp.1.running_mean"]
-        student = dict(state.student.named_buffers())["head.mlp.1.running_mean"]
-        teacher = dict(state.teacher.named_buffers())["head.mlp.1.running_mean"]
-        torch.testing.assert_close(teacher, torch.lerp(own, student, 0.5) if ema_buffers else own)
+        student, teacher = (dict(network.named_buffers())[name] for network in (state.student, state.teacher))
+        assert student.abs().sum() > 0
+        torch.testing.assert_close(teacher, student / 2 if ema_buffers else own)  # all began at 0
+        assert bool(own.any()) != ema_buffers
 
 
 def test_a_teacher_in_evaluation_mode_reads_running_statistics() -> None:
@@ -312,12 +311,24 @@ def test_an_unknown_method_names_the_nearest() -> None:
             {"head": {"batch_norm": True}, "teacher": {"mode": "eval"}},
             "the running statistics that it reads never move",
         ),
+        (
+            {
+                "loss": {"name": "info_nce"},
+                "teacher": {"update": "student_copy", "stop_gradient": False, "centering": "none", "mode": "eval"},
+            },
+            "needs pretrain.teacher.mode = train, as the student is",
+        ),
     ],
 )
 def test_nonsense_is_refused_with_the_reason(parts: dict[str, Any], reason: str) -> None:
     with pytest.raises(ConfigError) as error:
         changed(BASE, **parts)
     assert reason in str(error.value)
+
+
+def test_one_image_has_no_negatives() -> None:
+    with pytest.raises(ConfigError, match="batch_size = 1: must be >= 2"):
+        dataclasses.replace(POINTS["simclr"], batch_size=1)
 
 
 def test_a_queue_without_negatives_is_refused() -> None:

@@ -136,6 +136,23 @@ def test_koleo_needs_neighbours(shape):
         koleo_loss(torch.ones(shape))
 
 
+def test_gradients_in_half_precision_are_scaled_before_they_are_rounded():
+    """At K = 65536 an entry of the gradient is below the smallest half, until the loss scale lifts it."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.rand(4, 32, 65536, generator=generator).half()
+    probs = torch.softmax(torch.rand(2, 32, 65536, generator=generator) / 0.04, dim=-1)
+    gradients = []
+    for dtype, scale in ((torch.float32, 1.0), (torch.float16, 65536.0)):
+        student = logits.to(dtype).requires_grad_()
+        (dino_loss(student, probs, 0.1) * scale).backward()
+        gradients.append(student.grad.double() / scale)
+    exact, half = gradients
+    assert half.isfinite().all()
+    torch.testing.assert_close(half.norm(), exact.norm(), rtol=1e-3, atol=0)
+    assert (half - exact).norm() < 2e-3 * exact.norm()
+    assert (half.abs().sum() / exact.abs().sum()).item() == pytest.approx(1, abs=0.01)
+
+
 # --------------------------------------------------------------------------------------------- mse_loss, info_nce_loss
 
 

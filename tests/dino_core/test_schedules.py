@@ -209,6 +209,7 @@ def test_a_run_may_end_within_its_warmup_and_is_then_the_beginning_of_a_longer_o
         "pretrain.optim.warmup_epochs",
         "pretrain.teacher.warmup_temp_epochs",
         "pretrain.optim.lr",
+        "pretrain.optim.freeze_last_layer_epochs",
     ]
     assert [note.partition(" = ")[0] for note in long.notes] == ["pretrain.optim.lr"]
 
@@ -221,3 +222,11 @@ def test_no_images_are_an_error():
 def test_schedules_need_no_torch():
     code = "import sys, dino_core.schedules, dino_core.backbone_names, dino_core.config; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+def test_a_teacher_that_would_never_move_is_noted():
+    teacher = TeacherConfig(update="previous_epoch")
+    notes = build_schedules(config(steps=5, epochs=None, teacher=teacher), 100).notes
+    assert any(note.startswith("pretrain.teacher.update = previous_epoch: the teacher never moves") for note in notes)
+    notes = build_schedules(config(steps=50, epochs=None, teacher=teacher), 100).notes
+    assert not any("previous_epoch" in note for note in notes)

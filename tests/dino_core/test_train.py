@@ -223,6 +223,17 @@ def test_fp16_scales_the_loss_and_skips_steps_that_overflow():
     torch.testing.assert_close(metrics["train/grad_norm"], expected["train/grad_norm"], rtol=0.05, atol=0)
 
 
+def test_in_fp16_too_nothing_moves_where_the_loss_is_not_finite():
+    state = TrainState.create(changed(precision="fp16"), NUM_SAMPLES)
+    bad = batch(0)
+    bad.global_crops[0, 0, 0, 0] = math.nan
+    before = snapshot(state)
+    with pytest.raises(NonFiniteLossError):
+        train_step(state, bad)
+    assert equal(before, snapshot(state))
+    assert train_step(state, batch(0))["train/loss"].isfinite(), "another batch can follow"
+
+
 def test_the_loss_scale_is_a_part_of_the_checkpoint(tmp_path):
     state, other = (TrainState.create(changed(precision="fp16"), NUM_SAMPLES) for _ in range(2))
     set_scale(state, 2.0**7)
@@ -292,6 +303,24 @@ class Pixels(nn.Module):
         return self.layers(images)
 
 
+def tied() -> Pixels:
+    module = Pixels()
+    module.again = module.layers[0].weight
+    return module
+
+
+def masked() -> Pixels:
+    module = Pixels()
+    module.register_buffer("mask", torch.tensor([0.0, -math.inf]))
+    return module
+
+
+def idle() -> Pixels:
+    module = Pixels()
+    module.idle = nn.Linear(2, 2)
+    return module
+
+
 def test_a_module_of_ones_own_is_a_backbone():
     module = Pixels()
     state = TrainState.create(CONFIG, NUM_SAMPLES, backbone=module)
@@ -319,6 +348,9 @@ def test_a_timm_model_of_ones_own_keeps_its_stochastic_depth():
     [
         (nn.Flatten(), "must give features of one width, not 768 for crops of 16 pixels and 192 for 8"),
         (nn.Conv2d(3, 4, 3), r"Conv2d: must turn images \[2, 3, 16, 16\] into features \[2, D\]"),
+        (tied(), "Pixels: has weights that share memory"),
+        (masked(), "Pixels: must be finite, mask is not"),
+        (idle(), r"Pixels: does not use its trainable idle\.weight, idle\.bias"),
     ],
 )
 def test_a_module_that_gives_no_features_is_refused(module, reason):

@@ -60,6 +60,11 @@ BAD_INPUT = [
     (["pretrain", "--resume", "nowhere", "--dry-run"], "cannot be combined with --dry-run"),
     ([*Q, "--method", "byoll"], "error: unknown method 'byoll'; did you mean byol?"),
     (
+        ["pretrain", "cifar10_simclr", "--method", "swav"],
+        "error: method swav: is a change of DINO, and cannot be applied",
+    ),
+    (["sweep", "components", "--base", "cifar10_simclr"], "error: method byol: is a change of DINO"),
+    (
         [*Q, "--method", "byol", "pretrain.teacher.centering=sinkhorn_knopp"],
         "error: pretrain.teacher.centering = sinkh",
     ),
@@ -81,7 +86,7 @@ BAD_INPUT = [
     ([*SQ, "data.source=nowhere", "--dry-run"], "error: data.source = nowhere: no such file or folder"),
     (["sweep", "--resume", "nowhere"], "error: no sweep 'nowhere' in"),
     (["sweep", "--resume", "nowhere", "--seeds", "2"], "cannot be combined with --seeds"),
-    (["compare", "nowhere", "tracking.uri=sqlite:///nowhere.db"], "error: sqlite:///nowhere.db: no MLflow store"),
+    (["compare", "nowhere", "tracking.uri=sqlite:///nowhere.db"], "error: nowhere: no such folder of a run or sweep"),
     (["compare", "nowhere", "--format", "pdf"], "Invalid value for '--format'"),
 ]
 

@@ -421,6 +421,8 @@ def test_a_python_file(tmp_path: Path) -> None:
         ("x = (\n", ", line 1: '(' was never closed"),
         ("\nimport no_such_module\n", ", line 2: ModuleNotFoundError: No module named 'no_such_module'"),
         ("from orchestrator.sweep import Sweep\nSWEEP = Sweep(bse='x')\n", ", line 2: TypeError: "),
+        ("x = 1\nx / 0\n", ", line 2: ZeroDivisionError: division by zero"),
+        ("open('not there.txt')\n", ", line 1: FileNotFoundError: "),
     ],
 )
 def test_a_python_file_that_is_no_sweep(tmp_path: Path, text: str, line: str) -> None:
@@ -428,6 +430,13 @@ def test_a_python_file_that_is_no_sweep(tmp_path: Path, text: str, line: str) ->
     with pytest.raises(ConfigError) as caught:
         load_sweep(path)
     assert str(caught.value).startswith(path + line)
+
+
+@pytest.mark.parametrize("rows", ["{'a': {'method': 'byol'}}", "[Row()]"])
+def test_rows_of_a_python_file_are_rows(tmp_path: Path, rows: str) -> None:
+    text = f"from orchestrator.sweep import Row, Sweep\nSWEEP = Sweep(base='quickstart', rows={rows})\n"
+    with pytest.raises(ConfigError, match=r"sweep\.rows: must be a mapping from names to Row"):
+        load_sweep(write(tmp_path, text, "mine.py"))
 
 
 def test_a_settings_file(tmp_path: Path) -> None:
