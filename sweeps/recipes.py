@@ -112,11 +112,12 @@ def cifar10_tiny() -> RunConfig:
 
 
 def cifar10_simclr() -> RunConfig:
-    """SimCLR with a small RegNet on CIFAR-10's photos at 48 pixels: learns on two CPU cores in under an hour.
+    """SimCLR with a small RegNet on CIFAR-10's photos at 48 pixels: real learning in an hour of two CPU cores.
 
     Paper: the method of arXiv 2002.05709, shrunk; the paper has no such run.
-    Cost: 8 epochs; MEASURED-COST.
-    Expected: MEASURED.
+    Cost: 8 epochs; 55 minutes on two CPU cores that did other work too, 38 minutes at the speed without it.
+    Expected: 52.2 % k-NN by 20 neighbours among all training images, where random weights give 27.8 % and raw pixels
+    43.8 % (docs/cifar10.md has the curve).
     Data: a Parquet file with columns `image` (encoded bytes), `label` and `split` (train, test).
 
         python -m orchestrator pretrain cifar10_simclr data.source=cifar10.parquet
