@@ -7,7 +7,6 @@ torch, ray or mlflow. Exit codes: 0 done, 1 a run failed, 2 bad usage or configu
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -357,12 +356,12 @@ def _define_sweep(
 
 
 def _resume_sweep(name: str, given: str | None, changes: dict[str, Any]) -> None:
-    from orchestrator.records import SWEEP_FILE
+    from orchestrator.records import SWEEP_FILE, read_json
     from orchestrator.runs import find_folder
     from orchestrator.sweep_file import load_sweep
 
     changes, storage = _resume_changes(changes)
-    begun = json.loads((find_folder(name, storage, "sweep") / SWEEP_FILE).read_text())["sweep"]
+    begun = read_json(find_folder(name, storage, "sweep") / SWEEP_FILE)["sweep"]
     if given is not None and load_sweep(given).name != begun:
         raise ConfigError(f"--resume {name}: is a run of the sweep {begun!r}, not of {given!r}")
     from orchestrator.run_sweep import resume_sweep

@@ -42,6 +42,21 @@ FINAL_EVENTS: frozenset[str] = frozenset({"finished", "stopped"})
 """Events after which a resumed sweep leaves a trial alone."""
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ConfigError: It holds something else, as after a disk that was full or hands that edited it.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{path}: damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: damaged: must hold a JSON object")
+    return content
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file so that a crash leaves either the old content or the new, never a part of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -205,4 +220,11 @@ class RunRecord:
 
     @classmethod
     def read(cls, run_dir: Path) -> RunRecord:
-        return cls(**json.loads((run_dir / RUN_FILE).read_text()))
+        """Raises:
+        ConfigError: The file is damaged.
+        """
+        path = run_dir / RUN_FILE
+        try:
+            return cls(**read_json(path))
+        except TypeError as error:  # fields that are missing, or that nobody knows
+            raise ConfigError(f"{path}: damaged: {error}") from error

@@ -7,7 +7,6 @@ from its newest checkpoint.
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -33,6 +32,7 @@ from orchestrator.records import (
     TRIALS_DIR,
     Ledger,
     RunRecord,
+    read_json,
     read_states,
     write_json,
 )
@@ -123,7 +123,7 @@ def resume_sweep(name: str, changes: Mapping[str, Any] | None = None, storage: s
         As `run_sweep`.
     """
     folder = find_folder(name, storage, "sweep")
-    definition = json.loads((folder / SWEEP_FILE).read_text())
+    definition = read_json(folder / SWEEP_FILE)
     records = {}
     for trial in definition["trials"]:
         run_dir = folder / TRIALS_DIR / trial["trial_id"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from rich.console import Console
 
 from orchestrator.compare import KNN_METRIC, Comparison, compare, render, rich_tables
 from orchestrator.data.sources import DIGITS
-from orchestrator.records import BAD_SAMPLES_FILE, REPORT_FILE, SWEEP_FILE, read_lines
+from orchestrator.records import BAD_SAMPLES_FILE, REPORT_FILE, SWEEP_FILE, read_json, read_lines
 from orchestrator.report import SMOKE_TEST, write_report
 from orchestrator.tracking import Target
 from orchestrator.trials import Mode, TrialSummary, load_from_disk
@@ -46,7 +45,7 @@ class Summary:
         metric: str = KNN_METRIC
         mode: Mode = "max"
         if (folder / SWEEP_FILE).exists():
-            definition = json.loads((folder / SWEEP_FILE).read_text())
+            definition = read_json(folder / SWEEP_FILE)
             metric, mode = definition["metric"], definition["mode"]
         comparison = compare(trials, metric, mode)
         notes = [SMOKE_TEST] if any(trial.params.get("data.source") == DIGITS for trial in trials) else []

@@ -38,6 +38,7 @@ from orchestrator.records import (
     Event,
     RunRecord,
     RunState,
+    read_json,
     read_lines,
     read_states,
     write_json,
@@ -185,7 +186,7 @@ def _items(folder: Path) -> Iterator[_Item]:
     states = read_states(folder)
     parent = None
     if (folder / SWEEP_FILE).exists():
-        sweep = json.loads((folder / SWEEP_FILE).read_text())
+        sweep = read_json(folder / SWEEP_FILE)
         if folder.name not in states:
             return
         tags = {"sweep": sweep["sweep"], "recipe": sweep["recipe"], "kind": "sweep"}

@@ -104,6 +104,12 @@ def open_folder(config: DataConfig, root: Path, images: Sequence[str]) -> Source
     if not _are_splits(config, tops, bool(loose)):
         parts: list[tuple[Files, Labels] | None] = [_part(root, images), None]
     else:
+        if not tops:
+            raise ConfigError(
+                f"data.source = {config.source}: has no sub-folder, but data.train_split = {config.train_split} and "
+                f"data.test_split = {config.test_split} ask for two; a folder without splits takes data.train_split="
+                f"{DataConfig.train_split} data.test_split={DataConfig.test_split}"
+            )
         splits = choose_splits(config, tops, "sub-folder with images")
         if loose:
             raise ConfigError(

@@ -165,3 +165,10 @@ def test_a_folder_has_one_writer_of_its_ledger(tmp_path: Path) -> None:
         Ledger(tmp_path / "run-1")
     ledger.close()
     Ledger(tmp_path / "run-1").close()
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"run_id": "a", "no_such_field": 1}'])
+def test_a_damaged_record_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"run\.json: damaged: "):
+        RunRecord.read(tmp_path)

@@ -155,6 +155,14 @@ def test_a_split_that_is_not_there(tmp_path: Path) -> None:
         open_at(tmp_path, train_split="training", test_split="tests")
 
 
+def test_splits_asked_of_a_flat_folder(tmp_path: Path) -> None:
+    make_files(tmp_path, "1.png", "2.png")
+    with pytest.raises(
+        ConfigError, match=r"has no sub-folder, but .*data.test_split = val.* takes .*data.test_split=test"
+    ):
+        open_at(tmp_path, test_split="val")
+
+
 def test_images_beside_split_folders_are_not_passed_over(tmp_path: Path) -> None:
     make_files(tmp_path, "train/1.png", "test/2.png", "3.png")
     with pytest.raises(ConfigError, match=r"3.png lies beside the split folders"):
