@@ -11,6 +11,7 @@ from typing import ClassVar, Literal
 from dino_core.config import CheckedConfig, ConfigError, PretrainConfig, number
 
 Launcher = Literal["local", "trial", "train"]
+Shuffle = Literal["full", "windowed"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,17 +21,29 @@ class DataConfig(CheckedConfig):
     path: ClassVar[str] = "data"
 
     source: str = "digits"
-    """`digits` (embedded), a folder of images, or a Parquet file (or folder of them) with encoded images."""
+    """`digits` (embedded); `torchvision:NAME`; or the path or URL (s3://, gs://, hdfs://, hf://, ...) of a folder of
+    images, a list of files (.txt, .csv, .tsv), Parquet, Arrow or WebDataset (.tar) files or a folder of them, or a data
+    set that Hugging Face `datasets` saved."""
     train_split: str = "train"
     """Split to train on: a sub-folder, or a value of `split_column`. A source without splits is all training data."""
     test_split: str = "test"
     """Split whose images are classified by k-NN among the training images, where the source has it."""
     image_column: str = "image"
-    """Parquet: column of encoded images (bytes, or a struct with a `bytes` field)."""
+    """Parquet, Arrow: column of encoded images (bytes, or a struct with a `bytes` field). WebDataset: extension of the
+    images; the default takes any that is an image's. Lists of files with columns: the one with the paths."""
     label_column: str = "label"
-    """Parquet: column of integer or text labels."""
+    """Column (WebDataset: field of the .json) of integer or text labels."""
     split_column: str = "split"
-    """Parquet: column that names each row's split."""
+    """Column that names each row's split."""
+    root: str = "./data"
+    """torchvision: the folder that holds its data sets."""
+    download: bool = False
+    """torchvision: fetch what is not there."""
+    shuffle: Shuffle = "full"
+    """Order of an epoch. `full`: any image may follow any other. `windowed`: units of storage (row groups, record
+    batches, tars) in random order, images mixed within a window of them; reads stay sequential."""
+    shuffle_window: int = number(8192, ge=1)
+    """Windowed order: images that are mixed with each other."""
     max_bad_fraction: float = number(0.01, ge=0, le=1)
     """Unreadable images, as a share of the training split, past which the run stops."""
     max_pixels: int = number(50_000_000, ge=1)
@@ -54,6 +67,13 @@ class ClusterConfig(CheckedConfig):
     """CPU cores of each training process, and its torch threads."""
     data_cpus: int = number(2, ge=1)
     """CPU cores that decode and crop images at the same time, for each run."""
+    decoded_cache_gb: float = number(0.0, ge=0)
+    """Decoded images kept on each machine, up to this size, so that the next epoch or trial need not decode them; 0:
+    none."""
+    decoded_cache_dir: str | None = None
+    """Folder of each machine for them; None: the machine's folder for temporary files."""
+    share_crops: bool = False
+    """Let the trials of a sweep whose crops are the same share what one of them has made."""
     max_concurrent_trials: int | None = number(None, ge=1)
     """Trials of a sweep that run at once; None: as many as fit."""
     max_failures: int = number(2, ge=0)

@@ -6,7 +6,6 @@ import hashlib
 import os
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 from dino_core.config import ConfigError
 from orchestrator.config import DataConfig
 from orchestrator.data.split import DIGEST_LENGTH, Labels, Source, build_source, choose_splits
+from orchestrator.data.storage import Folder
 
 IMAGE_SUFFIXES = frozenset(
     f".{suffix}"
@@ -30,11 +30,11 @@ _SPLIT_NAMES = frozenset(
 
 
 class Files:
-    """A `Reader` of files below one folder. The names are one array, so that a million of them pickle at once."""
+    """A `Reader` of files of one folder. The names are one array, so that a million of them pickle at once."""
 
-    def __init__(self, root: str, names: Sequence[str]) -> None:
+    def __init__(self, folder: Folder, names: Sequence[str]) -> None:
         encoded = [os.fsencode(name) for name in names]
-        self._root = root
+        self._folder = folder
         self._names = np.frombuffer(b"".join(encoded), dtype=np.uint8)
         self._ends = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
 
@@ -47,50 +47,25 @@ class Files:
         return os.fsdecode(self._names[self._ends[index] : self._ends[index + 1]].tobytes())
 
     def read(self, index: int) -> bytes | NDArray[np.uint8]:
-        with open(os.path.join(self._root, self.name(index)), "rb") as file:
-            return file.read()
+        return self._folder.read(self.name(index))
+
+    def units(self) -> None:
+        return None
 
     def fingerprint(self) -> bytes:
         """A hash of the names and sizes. A file that has gone by now counts as empty."""
         digest = hashlib.sha256()
         for index in range(len(self)):
-            path = os.path.join(self._root, self.name(index))
-            size = os.stat(path).st_size if os.path.exists(path) else 0
+            try:
+                size = self._folder.stat(self.name(index)).size
+            except FileNotFoundError:
+                size = 0
             digest.update(b"%s\0%d\n" % (os.fsencode(self.name(index)), size))
         return digest.digest()
 
 
-def scan(root: Path) -> tuple[list[str], list[str]]:
-    """The image files and the Parquet files below a folder, as sorted relative paths.
-
-    Links are followed, except one that leads back to a folder above it. Hidden files and folders are skipped.
-    """
-    images: list[str] = []
-    tables: list[str] = []
-
-    def visit(folder: str, prefix: str, above: frozenset[tuple[int, int]]) -> None:
-        status = os.stat(folder)
-        here = (status.st_dev, status.st_ino)
-        if here in above:
-            return
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                suffix = os.path.splitext(entry.name)[1].lower()
-                if entry.is_dir():
-                    visit(entry.path, f"{prefix}{entry.name}/", above | {here})
-                elif suffix in IMAGE_SUFFIXES:
-                    images.append(prefix + entry.name)
-                elif suffix == ".parquet":
-                    tables.append(prefix + entry.name)
-
-    visit(os.fspath(root), "", frozenset())
-    return sorted(images, key=os.fsencode), sorted(tables, key=os.fsencode)
-
-
-def open_folder(config: DataConfig, root: Path, images: Sequence[str]) -> Source:
-    """The source of the `images` (not empty, relative to `root`).
+def open_folder(config: DataConfig, folder: Folder, images: Sequence[str]) -> Source:
+    """The source of the `images` (not empty, of `folder`).
 
     Sub-folders are splits if one has the name of `data.train_split` and the others are splits by their names too (or
     `data.train_split` is not the default, so that it was meant). Within a split, sub-folders are classes if every image
@@ -102,7 +77,7 @@ def open_folder(config: DataConfig, root: Path, images: Sequence[str]) -> Source
     tops = {name.split("/", 1)[0] for name in images if "/" in name}
     loose = [name for name in images if "/" not in name]
     if not _are_splits(config, tops, bool(loose)):
-        parts: list[tuple[Files, Labels] | None] = [_part(root, images), None]
+        parts: list[tuple[Files, Labels] | None] = [_part(folder, images), None]
     else:
         if not tops:
             raise ConfigError(
@@ -115,8 +90,8 @@ def open_folder(config: DataConfig, root: Path, images: Sequence[str]) -> Source
             raise ConfigError(
                 f"data.source = {config.source}: {loose[0]} lies beside the split folders; move it into one or away"
             )
-        parts = [None if split is None else _part(root / split, _below(split, images)) for split in splits]
-    return build_source("folder", os.fspath(root), parts, partial(_digest, [part[0] for part in parts if part]))
+        parts = [None if split is None else _part(folder.below(split), _below(split, images)) for split in splits]
+    return build_source("folder", folder.address, parts, partial(_digest, [part[0] for part in parts if part]))
 
 
 def _are_splits(config: DataConfig, tops: set[str], loose: bool) -> bool:
@@ -129,10 +104,10 @@ def _below(split: str, names: Sequence[str]) -> list[str]:
     return [name[len(split) + 1 :] for name in names if name.startswith(f"{split}/")]
 
 
-def _part(root: Path, names: Sequence[str]) -> tuple[Files, Labels]:
+def _part(folder: Folder, names: Sequence[str]) -> tuple[Files, Labels]:
     classes = [name.split("/", 1)[0] if "/" in name else None for name in names]
     labelled = None not in classes and len(set(classes)) > 1
-    return Files(os.fspath(root), names), [str(label) for label in classes] if labelled else None
+    return Files(folder, names), [str(label) for label in classes] if labelled else None
 
 
 def _digest(files: Sequence[Files]) -> str:

@@ -117,6 +117,10 @@ class Table:
         file, group, row = self._place(index)
         return f"{self._names[file]}, row {row} of row group {group}"
 
+    def units(self) -> NDArray[np.int64]:
+        of_row = np.searchsorted(self._groups[:, 2], self._rows, side="right")
+        return np.flatnonzero(np.diff(of_row, prepend=-1))
+
 
 def open_parquet(config: DataConfig, root: Path, names: Sequence[str]) -> Source:
     """The source of the Parquet files `names` (relative to `root`), read as one table in that order.

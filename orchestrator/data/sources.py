@@ -19,11 +19,12 @@ from numpy.typing import NDArray
 from dino_core.config import ConfigError
 from dino_core.counter_rng import absorb, root
 from orchestrator.config import DataConfig
-from orchestrator.data.folder import check_some_images, open_folder, scan
+from orchestrator.data.folder import IMAGE_SUFFIXES, check_some_images, open_folder
 from orchestrator.data.parquet import open_parquet
 from orchestrator.data.split import DIGEST_LENGTH, build_source, choose_splits
 from orchestrator.data.split import Source as Source
 from orchestrator.data.split import Split as Split
+from orchestrator.data.storage import LocalFolder
 
 DIGITS = "digits"
 
@@ -44,10 +45,13 @@ def open_source(config: DataConfig) -> Source:
         if path.suffix.lower() != ".parquet":
             raise ConfigError(f"data.source = {config.source}: a file must be .parquet; of images, name the folder")
         return open_parquet(config, path.parent, [path.name])
+    folder = LocalFolder(os.fspath(path))
     try:
-        images, tables = scan(path)
+        names = folder.files()
     except OSError as error:
         raise ConfigError(f"data.source = {config.source}: cannot be listed: {error}") from error
+    images = [name for name in names if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES]
+    tables = [name for name in names if os.path.splitext(name)[1].lower() == ".parquet"]
     if images and tables:
         raise ConfigError(
             f"data.source = {config.source}: holds both image files ({images[0]}) and Parquet files ({tables[0]}); "
@@ -56,7 +60,7 @@ def open_source(config: DataConfig) -> Source:
     if tables:
         return open_parquet(config, path, tables)
     check_some_images(config.source, images)
-    return open_folder(config, path, images)
+    return open_folder(config, folder, images)
 
 
 def _missing(path: Path) -> str:
@@ -86,6 +90,9 @@ class _Digits:
 
     def name(self, index: int) -> str:
         return f"{DIGITS} {self._rows[index]}"
+
+    def units(self) -> None:
+        return None
 
 
 def _open_digits(config: DataConfig) -> Source:

@@ -27,6 +27,10 @@ class Reader(Protocol):
     def name(self, index: int) -> str:
         """What to call an image in a message."""
 
+    def units(self) -> NDArray[np.int64] | None:
+        """[num_units] first image of each stretch that is read as a whole (a row group), ascending from 0; None if each
+        image is read by itself."""
+
 
 @dataclass(frozen=True, eq=False)
 class Split:
@@ -44,6 +48,9 @@ class Split:
 
     def name(self, index: int) -> str:
         return self.reader.name(index)
+
+    def units(self) -> NDArray[np.int64] | None:
+        return self.reader.units()
 
 
 @dataclass(frozen=True, eq=False)
