@@ -57,7 +57,8 @@ def open_sources(configs: Iterable[RunConfig]) -> dict[DataConfig, Source]:
 
     Raises ConfigError with the problems of all runs.
     """
-    from orchestrator.data.sources import open_source  # imports numpy
+    from orchestrator.data.plan import index_plan  # imports numpy
+    from orchestrator.data.sources import open_source
 
     sources: dict[DataConfig, Source] = {}
     broken: set[DataConfig] = set()
@@ -72,6 +73,7 @@ def open_sources(configs: Iterable[RunConfig]) -> dict[DataConfig, Source]:
                 broken.remove(config.data)
             if config.data in sources:
                 notes += build_schedules(config.pretrain, sources[config.data].num_samples).notes
+                index_plan(config, sources[config.data].train)
         except ConfigError as error:
             problems.append(str(error))
     if problems:

@@ -132,11 +132,20 @@ def check_fits(config: RunConfig, capacity: Capacity, where: str) -> None:
         )
 
 
-def plan_concurrency(config: RunConfig, capacity: Capacity, num_trials: int) -> int:
+def plan_concurrency(config: RunConfig, capacity: Capacity, num_trials: int, num_streams: int | None = None) -> int:
     """Trials that run at once: as many as fit with their data tasks, at most `cluster.max_concurrent_trials`, at
-    least 1."""
+    least 1.
+
+    Args:
+        config: Of any trial; they share the `cluster` part.
+        capacity: Of the cluster.
+        num_trials: Trials to run.
+        num_streams: Different streams of crops among them, where trials of one stream share its data tasks.
+    """
     demand = Demand.of(config)
     fitting = int(capacity.cpus // (demand.cpus + demand.data_cpus))
+    if num_streams is not None:
+        fitting = max(fitting, int((capacity.cpus - num_streams * demand.data_cpus) // demand.cpus))
     if demand.gpus:
         fitting = min(fitting, int(capacity.gpus // demand.gpus))
     fitting = max(1, min(fitting, num_trials))

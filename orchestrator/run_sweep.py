@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from dino_core.config import ConfigError
 from orchestrator.config import RunConfig
+from orchestrator.data.shelf import shelf_for_trials, stream_key
 from orchestrator.launch import trial_resources, tune_trial
 from orchestrator.overrides import flatten, override
 from orchestrator.preflight import open_sources
@@ -248,7 +249,9 @@ def _tune(plan: _Plan, open_trials: list[str], ledger: Ledger) -> None:
 
     from orchestrator.tune_callback import LedgerCallback
 
-    concurrency = plan_concurrency(config, capacity, len(open_trials))
+    streams = {stream_key(override(RunConfig(), plan.records[trial_id].config)) for trial_id in open_trials}
+    shared = len(streams) if config.cluster.share_crops else None
+    concurrency = plan_concurrency(config, capacity, len(open_trials), shared)
     for trial_id in open_trials:
         (plan.run_dir(trial_id) / FAILURE_FILE).unlink(missing_ok=True)
     trials = {str(plan.run_dir(trial_id)): plan.records[trial_id] for trial_id in open_trials}
@@ -269,7 +272,8 @@ def _tune(plan: _Plan, open_trials: list[str], ledger: Ledger) -> None:
             verbose=0,
         ),
     )
-    tuner.fit()
+    with shelf_for_trials(config):
+        tuner.fit()
 
 
 def _scheduler(definition: Mapping[str, Any], longest: int) -> TrialScheduler | None:

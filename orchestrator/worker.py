@@ -144,13 +144,14 @@ def _same_on_all_ranks(path: Path | None, place: Place) -> Path | None:
 
 def _batches(config: RunConfig, split: Split, crops: MultiCrop, state: TrainState, place: Place) -> Generator[Batch]:
     """This worker's rows of every global batch from the state's step on; by Ray Data wherever there is Ray."""
-    from orchestrator.data.plan import IndexPlan
+    from orchestrator.data.plan import index_plan
+    from orchestrator.data.shelf import find_shelf
     from orchestrator.data.stream import Batches, local_batches, ray_batches
 
     batches = Batches(
         split=split,
         crops=crops,
-        plan=IndexPlan(len(split), config.pretrain.seed, config.pretrain.batch_size),
+        plan=index_plan(config, split),
         max_pixels=config.data.max_pixels,
         start_step=state.step,
         stop_step=state.schedules.total_steps,
@@ -160,4 +161,4 @@ def _batches(config: RunConfig, split: Split, crops: MultiCrop, state: TrainStat
     share = max(1, config.cluster.data_cpus // place.world)
     if place.launcher == "local":
         return local_batches(batches, num_threads=share)
-    return ray_batches(batches, data_cpus=share)
+    return ray_batches(batches, data_cpus=share, shelf=find_shelf(config, place.rank, ahead=share))

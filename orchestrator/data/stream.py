@@ -1,8 +1,8 @@
 """The stream of batches of crops that one worker trains on, made in this process or by Ray Data tasks.
 
 A batch is a function of its step and of the configuration, so both ways give the same bytes, and so does any number of
-workers: each makes its own rows of every global batch. Ray Data is given nothing but the numbers of blocks; a data task
-turns one of them into some consecutive batches, which come back in order.
+workers: each makes its own rows of every global batch. Ray Data is given nothing but the numbers of tasks (`tasks.py`);
+each of them makes some rows of some consecutive batches, which come back in order.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,10 +22,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dino_core.crops import MultiCrop
+from dino_core.crops import NUM_GLOBAL_CROPS, MultiCrop
 from orchestrator.data.images import BadImage, load_image
 from orchestrator.data.plan import IndexPlan
+from orchestrator.data.shelf import Shelf, prefer_this_machine
 from orchestrator.data.sources import Split
+from orchestrator.data.tasks import Cost, Part, Round, Share, in_executions, max_steps_per_task, plan_rounds
 
 Batch = dict[str, Tensor]
 """What `MultiCrop.make` returns, with `sample_id` int64 [B] (the samples whose crops these are) and `bad_id` int64 [B]
@@ -34,10 +36,6 @@ Batch = dict[str, Tensor]
 MAX_BAD_IN_A_ROW = 100
 
 _HEAD_SECONDS = 5.0  # work done in this process while the first data tasks start
-_TASK_SECONDS = 1.0  # work that makes up for the price of a Ray task
-_MAX_BLOCK_BYTES = 64 << 20
-_MAX_BLOCK_BATCHES = 64
-_BLOCKS_PER_EXECUTION = 512  # Ray Data plans every block before the first task, so a long run is several executions
 _CLOSE_TIMEOUT_S = 30.0
 
 
@@ -95,15 +93,29 @@ class Batches:
     @property
     def rows(self) -> int:
         """Images per batch of this worker."""
-        return len(self.plan.positions(0, self.rank, self.world_size))
+        return self.share.rows
+
+    @property
+    def image_bytes(self) -> int:
+        """Of the crops of one image."""
+        config = self.crops.config
+        return 3 * (NUM_GLOBAL_CROPS * config.global_size**2 + config.num_local_crops * config.local_size**2)
+
+    @property
+    def share(self) -> Share:
+        """The rows of every global batch that are this worker's."""
+        return Share.of(self.plan, self.rank, self.world_size)
 
     def make(self, step: int) -> dict[str, np.ndarray]:
         """The batch of one step, as numpy arrays."""
-        return self.make_range(step, step + 1)
+        return self.make_part(Part(step, step + 1, 0, self.rows))
 
-    def make_range(self, start: int, stop: int) -> dict[str, np.ndarray]:
-        """The batches of some consecutive steps, one behind the other: many tiny crops at a time cost less."""
-        positions = [self.plan.positions(step, self.rank, self.world_size) for step in range(start, stop)]
+    def make_part(self, part: Part) -> dict[str, np.ndarray]:
+        """Some rows of some consecutive batches, one step behind the other: many tiny crops at a time cost less."""
+        rows = slice(part.first_row, part.last_row)
+        positions = [
+            self.plan.positions(step, self.rank, self.world_size)[rows] for step in range(part.start, part.stop)
+        ]
         return make_batch(self.split, self.crops, self.plan, np.concatenate(positions), self.max_pixels)
 
 
@@ -119,12 +131,14 @@ def local_batches(batches: Batches, *, num_threads: int = 1, prefetch: int = 2) 
         for step in range(batches.start_step, batches.stop_step):
             while len(waiting) <= ahead and step + len(waiting) < batches.stop_step:
                 waiting.append(pool.submit(batches.make, step + len(waiting)))
-            yield _tensors(waiting.popleft().result())
+            yield as_tensors(waiting.popleft().result())
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def ray_batches(batches: Batches, *, data_cpus: float = 2, prefetch: int = 2) -> Generator[Batch]:
+def ray_batches(
+    batches: Batches, *, data_cpus: float = 2, prefetch: int = 2, shelf: Shelf | None = None
+) -> Generator[Batch]:
     """Let Ray Data tasks make the batches; close the generator to shut the execution down.
 
     The batches of the first seconds are made in this process: training can start while Ray Data does, and the time of
@@ -134,6 +148,7 @@ def ray_batches(batches: Batches, *, data_cpus: float = 2, prefetch: int = 2) ->
         batches: What to make.
         data_cpus: CPUs that the data tasks of this worker may take at once, at least one.
         prefetch: Finished batches that wait in this process.
+        shelf: Where this run takes what others with the same crops have made, and leaves what it made itself.
     """
     if batches.start_step >= batches.stop_step:
         return
@@ -141,84 +156,103 @@ def ray_batches(batches: Batches, *, data_cpus: float = 2, prefetch: int = 2) ->
     first = batches.make(batches.start_step)
     seconds = time.perf_counter() - started
     head_stop = min(batches.stop_step, batches.start_step + math.ceil(_HEAD_SECONDS / seconds))
-    parts = _execution_parts(_block_bounds(head_stop, batches.stop_step, _batches_per_block(first, seconds)))
+    cost = Cost(seconds, batches.rows * batches.image_bytes)
+    steps = None if shelf is None else shelf.agree(max_steps_per_task(cost))
+    executions = in_executions(plan_rounds(batches.plan, head_stop, batches.stop_step, batches.share, cost, steps))
+    upcoming = next(executions, None)
     running: list[_Execution] = []
+
+    def begin(rounds: Sequence[Round]) -> None:
+        stream = _ray_stream(batches, rounds, data_cpus) if shelf is None else _shelf_stream(batches, rounds, shelf)
+        running.append(_Execution(stream, prefetch))
+
     try:
-        if parts:
-            running.append(_Execution(_ray_stream(batches, parts[0], data_cpus), prefetch))
-        yield _tensors(first)
+        if upcoming is not None:
+            begin(upcoming)
+        yield as_tensors(first)
         head = replace(batches, start_step=batches.start_step + 1, stop_step=head_stop)
         yield from local_batches(head)
-        for number, part in enumerate(parts):
-            execution = running[-1]
-            late = part[(len(part) - 1) * 3 // 4]  # time to start the next, lest the flow stop between the two
-            for step, batch in enumerate(execution, start=int(part[0])):
+        while upcoming is not None:
+            rounds, upcoming = upcoming, next(executions, None)
+            late = rounds[(len(rounds) - 1) * 3 // 4].start  # time to begin the next, lest the flow stop between them
+            for step, batch in enumerate(running[0], start=rounds[0].start):
                 yield batch
-                if step >= late and running[-1] is execution and number + 1 < len(parts):
-                    running.append(_Execution(_ray_stream(batches, parts[number + 1], data_cpus), prefetch))
-            running.remove(execution)
+                if step >= late and len(running) == 1 and upcoming is not None:
+                    begin(upcoming)
+            del running[0]
     finally:
         for execution in running:
             execution.close()
 
 
-def _tensors(arrays: dict[str, np.ndarray]) -> Batch:
+def as_tensors(arrays: dict[str, np.ndarray]) -> Batch:
     """Without a copy, except of what lies read-only in Ray's object store."""
     return {name: torch.from_numpy(np.require(array, requirements=("C", "W"))) for name, array in arrays.items()}
 
 
-def _batches_per_block(batch: dict[str, np.ndarray], seconds: float) -> int:
-    size = sum(array.nbytes for array in batch.values())
-    return max(1, min(math.ceil(_TASK_SECONDS / seconds), _MAX_BLOCK_BYTES // size, _MAX_BLOCK_BATCHES))
+def assemble(parts: Iterator[dict[str, np.ndarray]], rounds: Iterable[Round]) -> Iterator[Batch]:
+    """The batches of `rounds` from what their parts made, in order."""
+    for this in rounds:
+        made = [next(parts) for _ in this.parts]
+        for place in range(this.stop - this.start):
+            rows = [
+                {name: array[place * part.rows : (place + 1) * part.rows] for name, array in arrays.items()}
+                for part, arrays in zip(this.parts, made, strict=True)
+            ]
+            if len(rows) == 1:
+                yield as_tensors(rows[0])
+            else:
+                yield as_tensors({name: np.concatenate([some[name] for some in rows]) for name in rows[0]})
 
 
-def _block_bounds(start: int, stop: int, per_block: int) -> NDArray[np.int64]:
-    """Steps at which blocks begin, and `stop`. The first blocks are short: someone is waiting for them."""
-    bounds, size = [start], 1
-    while bounds[-1] < stop:
-        bounds.append(min(bounds[-1] + size, stop))
-        size = min(2 * size, per_block)
-    return np.array(bounds, dtype=np.int64)
-
-
-def _execution_parts(bounds: NDArray[np.int64]) -> list[NDArray[np.int64]]:
-    """The bounds of the blocks of each execution: each but the first starts with the last bound of the one before."""
-    starts = range(0, len(bounds) - 1, _BLOCKS_PER_EXECUTION)
-    return [bounds[start : start + _BLOCKS_PER_EXECUTION + 1] for start in starts]
-
-
-def _ray_stream(batches: Batches, bounds: NDArray[np.int64], cpus: float) -> Generator[Batch]:
-    """One Ray Data execution over the blocks between `bounds`; it starts with the first `next`."""
+def _ray_stream(batches: Batches, rounds: Sequence[Round], cpus: float) -> Generator[Batch]:
+    """One Ray Data execution over the parts of `rounds`; it starts with the first `next`."""
     import ray
     from ray.exceptions import RayTaskError
 
-    num_blocks = len(bounds) - 1
-    dataset = ray.data.range(num_blocks, override_num_blocks=num_blocks)
-    # A block is one row, and no batch size is given, so that reading it and making its batches are one task.
-    dataset = dataset.map_batches(_block_maker(batches, bounds), batch_size=None, batch_format="numpy")
+    parts = [part for this in rounds for part in this.parts]
+    # A block is one number and no batch size is given, so that each becomes a task.
+    numbers = ray.data.from_items([{"part": part} for part in range(len(parts))], override_num_blocks=len(parts))
+    dataset = numbers.map_batches(
+        _part_maker(batches, parts), batch_size=None, batch_format="numpy", **prefer_this_machine()
+    )
     # The dataset's own settings: nothing leaks into those of the process.
     context = dataset.context
     context.execution_options.preserve_order = True
     context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(cpu=cpus)
+    context.target_max_block_size = None  # a part stays whole
     context.enable_progress_bars = False
     context.execution_no_progress_timeout_s = -1  # a long evaluation stops the flow, and may
     context.raise_original_map_exception = True
     try:
-        for arrays in dataset.iter_batches(batch_size=batches.rows, batch_format="numpy", prefetch_batches=1):
-            yield _tensors(arrays)
+        made = iter(dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1))
+        yield from assemble(made, rounds)
     except RayTaskError as error:
         if isinstance(error.cause, TooManyBadSamples):
             raise error.cause from None
         raise
 
 
-def _block_maker(batches: Batches, bounds: NDArray[np.int64]) -> Callable[[dict[str, Any]], dict[str, np.ndarray]]:
-    def make_block(block: dict[str, Any]) -> dict[str, np.ndarray]:
-        torch.set_num_threads(1)
-        (index,) = block["id"]
-        return batches.make_range(int(bounds[index]), int(bounds[index + 1]))
+def _shelf_stream(batches: Batches, rounds: Sequence[Round], shelf: Shelf) -> Generator[Batch]:
+    """The same from the shelf."""
+    from ray.exceptions import RayTaskError
 
-    return make_block
+    parts = [part for this in rounds for part in this.parts]
+    try:
+        yield from assemble(shelf.take(batches, parts), rounds)
+    except RayTaskError as error:
+        if isinstance(error.cause, TooManyBadSamples):
+            raise error.cause from None
+        raise
+
+
+def _part_maker(batches: Batches, parts: Sequence[Part]) -> Callable[[dict[str, Any]], dict[str, np.ndarray]]:
+    def make(block: dict[str, Any]) -> dict[str, np.ndarray]:
+        torch.set_num_threads(1)
+        (index,) = block["part"]
+        return batches.make_part(parts[index])
+
+    return make
 
 
 class _Execution:

@@ -20,10 +20,11 @@ from torch import Tensor
 from dino_core.config import CropsConfig
 from dino_core.crops import MultiCrop
 from orchestrator.config import DataConfig
-from orchestrator.data import stream
-from orchestrator.data.plan import IndexPlan
+from orchestrator.data import stream, tasks
+from orchestrator.data.plan import IndexPlan, Windows
 from orchestrator.data.sources import Split, open_source
 from orchestrator.data.stream import Batches, TooManyBadSamples, local_batches, make_batch, ray_batches
+from orchestrator.data.tasks import Part
 
 # Ray Data leaves the log file of an execution open when two run at once.
 pytestmark = [
@@ -52,8 +53,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Split:
     return open_source(DataConfig(source=str(root))).train
 
 
-def batches_of(split: Split, *, batch_size: int = 6, **changes: Any) -> Batches:
-    plan = IndexPlan(len(split), seed=3, batch_size=batch_size)
+def batches_of(split: Split, *, batch_size: int = 6, windows: Windows | None = None, **changes: Any) -> Batches:
+    plan = IndexPlan(len(split), seed=3, batch_size=batch_size, windows=windows)
     settings = {"start_step": 0, "stop_step": 30, "max_pixels": 10_000, **changes}
     return Batches(split=split, crops=CROPS, plan=plan, **settings)
 
@@ -129,9 +130,12 @@ def test_the_ranks_rows_are_the_global_batch(folder: Split, world_size: int) -> 
 
 def test_several_steps_at_once_are_the_same_rows(folder: Split) -> None:
     batches = batches_of(folder, rank=1, world_size=2)
-    block = batches.make_range(3, 7)
-    for name, array in block.items():
+    several = batches.make_part(Part(3, 7, 0, 3))
+    for name, array in several.items():
         assert np.array_equal(array, np.concatenate([batches.make(step)[name] for step in range(3, 7)]))
+    row = batches.make_part(Part(3, 7, 1, 2))
+    for name, array in row.items():
+        assert np.array_equal(array, several[name][1::3])
 
 
 def test_closing_early_ends_the_threads(folder: Split) -> None:
@@ -146,31 +150,6 @@ def test_an_error_of_a_thread_reaches_the_consumer(folder: Split) -> None:
     with pytest.raises(TooManyBadSamples):
         list(local_batches(batches_of(folder, max_pixels=1)))
     assert not threads_named("crops")
-
-
-# Blocks
-
-
-@pytest.mark.parametrize(("start", "stop", "per_block"), [(0, 100, 8), (5, 6, 1), (7, 7, 4), (3, 50, 1), (0, 64, 64)])
-def test_blocks_cover_the_steps_once(start: int, stop: int, per_block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream, "_BLOCKS_PER_EXECUTION", 3)
-    bounds = stream._block_bounds(start, stop, per_block)
-    sizes = np.diff(bounds)
-    assert [bounds[0], bounds[-1]] == [start, stop]
-    assert all(1 <= size <= per_block for size in sizes)
-    assert stop - start < 2 or sizes[0] == 1
-    parts = stream._execution_parts(bounds)
-    assert all(1 <= len(part) - 1 <= 3 for part in parts)
-    assert [step for part in parts for step in range(part[0], part[-1])] == list(range(start, stop))
-
-
-def test_a_block_is_worth_a_task_and_fits() -> None:
-    tiny = {"global_crops": np.zeros((64, 2, 3, 16, 16), np.uint8)}
-    assert stream._batches_per_block(tiny, seconds=0.1) == 10
-    assert stream._batches_per_block(tiny, seconds=1e-4) == stream._MAX_BLOCK_BATCHES
-    assert stream._batches_per_block(tiny, seconds=20) == 1
-    large = {"global_crops": np.zeros((64, 2, 3, 224, 224), np.uint8)}
-    assert stream._batches_per_block(large, seconds=0.1) == 3
 
 
 # Through Ray Data
@@ -190,8 +169,8 @@ def ray() -> Iterator[Any]:
 def by_ray(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """No head start in this process and several short executions; counts the batches of each."""
     monkeypatch.setattr(stream, "_HEAD_SECONDS", 1e-9)
-    monkeypatch.setattr(stream, "_BLOCKS_PER_EXECUTION", 4)
-    monkeypatch.setattr(stream, "_MAX_BLOCK_BATCHES", 2)
+    monkeypatch.setattr(tasks, "_TASKS_PER_EXECUTION", 4)
+    monkeypatch.setattr(tasks, "_MAX_TASK_STEPS", 2)
     counts: list[int] = []
     original = stream._ray_stream
 

@@ -1,0 +1,171 @@
+"""One data pass for several trials: crops that one of them needs are made once and lent to all.
+
+A part of a stream is a function of the configuration and the step, so it does not matter which trial asks first. An
+actor of the sweep has each part made when it is first asked for, by a task of one CPU, and keeps the newest. Nothing
+waits for anybody: a trial that runs ahead has its parts made, and one that falls behind what is kept has them made
+again. Trials of different crops, seeds or batch sizes share nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import OrderedDict, deque
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from orchestrator.config import RunConfig
+from orchestrator.overrides import flatten
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from orchestrator.data.stream import Batches
+    from orchestrator.data.tasks import Part
+
+_ACTOR = "shared-crops"
+_STORE_SHARE = 0.25  # of the cluster's object store for parts that nobody may want any more
+
+
+def stream_key(config: RunConfig) -> str:
+    """Equal for runs that see the same crops in the same order, dealt to as many workers."""
+    values = flatten(config)
+    chosen = {name: value for name, value in values.items() if name.startswith(("data.", "pretrain.crops."))}
+    chosen |= {name: values[name] for name in ("pretrain.seed", "pretrain.batch_size", "cluster.num_workers")}
+    return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
+
+
+class Traffic(NamedTuple):
+    """What went over a shelf."""
+
+    made: int
+    """Parts."""
+    taken: int
+    """Parts, each time that one was taken."""
+
+
+class _Keeper:
+    """The actor. Knows parts by name only, and never holds their crops in its own memory."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._bytes = 0
+        self._parts: OrderedDict[tuple[Any, ...], tuple[Any, int]] = OrderedDict()
+        self._batches: dict[str, Any] = {}
+        self._steps: dict[str, int] = {}
+        self._made = self._taken = 0
+
+    def agree(self, key: str, steps: int) -> int:
+        """The steps per task of a stream: what the first to ask proposes."""
+        return self._steps.setdefault(key, steps)
+
+    def part(self, key: str, part: Part, num_bytes: int, batches: list[Any], options: dict[str, Any]) -> list[Any]:
+        """The reference of a part, ready or in the making; in a list, lest Ray wait for it."""
+        import ray
+
+        name = (key, *part)
+        if name not in self._parts:
+            if key not in self._batches:  # a copy of the actor's own, for the trial that sent it may end
+                self._batches[key] = ray.remote(_same).options(num_cpus=0, **options).remote(*batches)
+            made = ray.remote(_make).options(num_cpus=1, **options).remote(self._batches[key], part)
+            self._parts[name] = (made, num_bytes)
+            self._made += 1
+            self._bytes += num_bytes
+            while self._bytes > self._max_bytes and len(self._parts) > 1:
+                self._bytes -= self._parts.popitem(last=False)[1][1]
+        self._parts.move_to_end(name)
+        self._taken += 1
+        return [self._parts[name][0]]
+
+    def traffic(self) -> Traffic:
+        return Traffic(self._made, self._taken)
+
+
+def _same(batches: Batches) -> Batches:
+    return batches
+
+
+def _make(batches: Batches, part: Part) -> dict[str, np.ndarray]:
+    import torch
+
+    torch.set_num_threads(1)
+    return batches.make_part(part)
+
+
+@dataclass
+class Shelf:
+    """One trial's access to the shared parts of its stream.
+
+    Args:
+        keeper: The actor's handle.
+        key: The `stream_key` and rank of the trial's worker.
+        ahead: Parts that are in the making or wait while one is used.
+    """
+
+    keeper: Any
+    key: str
+    ahead: int
+
+    def agree(self, steps: int) -> int:
+        """Steps per task that all trials of this stream cut at; `steps` if this is the first."""
+        import ray
+
+        agreed: int = ray.get(self.keeper.agree.remote(self.key, steps))
+        return agreed
+
+    def take(self, batches: Batches, parts: Sequence[Part]) -> Iterator[dict[str, np.ndarray]]:
+        """What the parts hold, in order; read-only."""
+        import ray
+
+        sent = [ray.put(batches)]
+        options = prefer_this_machine()
+        asked: deque[Any] = deque()
+        for number in range(len(parts)):
+            while len(asked) <= self.ahead and number + len(asked) < len(parts):
+                part = parts[number + len(asked)]
+                num_bytes = (part.stop - part.start) * part.rows * batches.image_bytes
+                asked.append(self.keeper.part.remote(self.key, part, num_bytes, sent, options))
+            (made,) = ray.get(asked.popleft())
+            yield ray.get(made)
+
+
+@contextmanager
+def shelf_for_trials(config: RunConfig) -> Generator[Any]:
+    """The actor of a sweep whose trials share crops (`cluster.share_crops`), or None; needs a connection to Ray."""
+    if not config.cluster.share_crops:
+        yield None
+        return
+    import ray
+
+    store = ray.cluster_resources()["object_store_memory"]
+    keeper: Any = ray.remote(_Keeper).options(name=_ACTOR, num_cpus=0).remote(int(_STORE_SHARE * store))
+    try:
+        yield keeper
+    finally:
+        ray.kill(keeper)
+
+
+def find_shelf(config: RunConfig, rank: int, ahead: int) -> Shelf | None:
+    """The shelf of the sweep that this process belongs to; None where trials share nothing, or for a run alone."""
+    if not config.cluster.share_crops:
+        return None
+    import ray
+
+    try:
+        keeper = ray.get_actor(_ACTOR)
+    except ValueError:  # no such actor
+        return None
+    return Shelf(keeper, f"{stream_key(config)}-{rank}", ahead)
+
+
+def prefer_this_machine() -> dict[str, Any]:
+    """Options of tasks that stay on this machine while it has CPUs free, so that crops cross no network.
+
+    Else any machine takes them. Ray Data's own default spreads them over all machines.
+    """
+    import ray
+
+    here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+    return {"label_selector": here, "fallback_strategy": [{"label_selector": {}}]}

@@ -1,0 +1,132 @@
+"""How the batches of a worker are cut into tasks: a task makes some rows of some consecutive batches.
+
+Where any image may follow any other, a task makes whole batches, about a second of work. In the windowed order a round
+of tasks makes the batches of one window together, each of them the rows of some lanes: so each unit of storage is read
+by one task, once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+from orchestrator.data.plan import IndexPlan
+
+_TASK_SECONDS = 1.0  # work that makes up for the price of a Ray task
+_MAX_TASK_BYTES = 64 << 20
+_MAX_TASK_STEPS = 64
+_MAX_ROUND_BYTES = 1 << 30  # crops of a window that wait for the slowest of its tasks
+_TASKS_PER_EXECUTION = 512  # Ray Data plans every task before the first, so a long run is several executions
+
+
+class Part(NamedTuple):
+    """What one task makes."""
+
+    start: int
+    """First step."""
+    stop: int
+    """Behind the last step."""
+    first_row: int
+    """Of this worker's rows of each batch."""
+    last_row: int
+    """Behind the last."""
+
+    @property
+    def rows(self) -> int:
+        """Of each batch."""
+        return self.last_row - self.first_row
+
+
+class Round(NamedTuple):
+    """Tasks that make the batches from step `start` up to `stop` together, their rows one behind the other."""
+
+    start: int
+    stop: int
+    parts: tuple[Part, ...]
+
+
+class Cost(NamedTuple):
+    """What one batch of a worker costs."""
+
+    seconds: float
+    """On one core."""
+    num_bytes: int
+    """Its crops."""
+
+
+class Share(NamedTuple):
+    """A worker's rows of every global batch."""
+
+    rows: int
+    """How many."""
+    cuts: tuple[int, ...]
+    """Rows, from 0 to `rows`, between which one lane (of the windowed order) has them."""
+
+    @classmethod
+    def of(cls, plan: IndexPlan, rank: int, world_size: int) -> Share:
+        """Raises ValueError if there is no such share."""
+        positions = plan.positions(0, rank, world_size)
+        first, rows = int(positions[0]), len(positions)
+        bounds = (plan.batch_size * lane // plan.lanes - first for lane in range(plan.lanes))
+        return cls(rows, (0, *(bound for bound in bounds if 0 < bound < rows), rows))
+
+
+def plan_rounds(
+    plan: IndexPlan, start: int, stop: int, share: Share, cost: Cost, steps_per_task: int | None = None
+) -> Iterator[Round]:
+    """The rounds that make the steps from `start` up to `stop` of one worker, in order.
+
+    Args:
+        plan: The order of the run.
+        start, stop: Steps.
+        share: The worker's rows.
+        cost: Of one batch of these.
+        steps_per_task: Cut at multiples of it and nowhere else, so that others cut at the same steps; None: the first
+            tasks are short, for someone is waiting for them. The windowed order is cut by its windows either way.
+    """
+    size = 1
+    per_task = steps_per_task or max_steps_per_task(cost)
+    while start < stop:
+        window_end = plan.next_window(start)
+        if window_end is not None:
+            end = min(window_end, stop)
+            yield from _window(start, end, share, cost)
+        else:
+            end = min(start + size if steps_per_task is None else (start // per_task + 1) * per_task, stop)
+            size = min(2 * size, per_task)
+            yield Round(start, end, (Part(start, end, 0, share.rows),))
+        start = end
+
+
+def max_steps_per_task(cost: Cost) -> int:
+    """Batches that are worth a task and fit into one."""
+    return max(1, min(math.ceil(_TASK_SECONDS / cost.seconds), _MAX_TASK_BYTES // cost.num_bytes, _MAX_TASK_STEPS))
+
+
+def _window(start: int, stop: int, share: Share, cost: Cost) -> Iterator[Round]:
+    """One round; several, which read the same units again, if its crops would take too much memory."""
+    steps = max(1, min(stop - start, _MAX_ROUND_BYTES // cost.num_bytes))
+    for first in range(start, stop, steps):
+        last = min(first + steps, stop)
+        seconds, num_bytes = ((last - first) * each for each in cost)
+        lanes = len(share.cuts) - 1
+        tasks = min(lanes, math.ceil(max(seconds / _TASK_SECONDS, num_bytes / _MAX_TASK_BYTES)))
+        cuts = [share.cuts[lanes * task // tasks] for task in range(tasks + 1)]
+        parts = tuple(Part(first, last, a, b) for a, b in pairwise(cuts))
+        yield Round(first, last, parts)
+
+
+def in_executions(rounds: Iterator[Round]) -> Iterator[Sequence[Round]]:
+    """Consecutive rounds with as many tasks together as one execution takes."""
+    some: list[Round] = []
+    tasks = 0
+    for this in rounds:
+        if some and tasks + len(this.parts) > _TASKS_PER_EXECUTION:
+            yield some
+            some, tasks = [], 0
+        some.append(this)
+        tasks += len(this.parts)
+    if some:
+        yield some
