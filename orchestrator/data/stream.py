@@ -27,7 +27,7 @@ from orchestrator.data.images import BadImage, load_image
 from orchestrator.data.plan import IndexPlan
 from orchestrator.data.shelf import Shelf, prefer_this_machine
 from orchestrator.data.sources import Split
-from orchestrator.data.tasks import Cost, Part, Round, Share, in_executions, max_steps_per_task, plan_rounds
+from orchestrator.data.tasks import Cost, Limits, Part, Round, Share, in_executions, max_steps_per_task, plan_rounds
 
 Batch = dict[str, Tensor]
 """What `MultiCrop.make` returns, with `sample_id` int64 [B] (the samples whose crops these are) and `bad_id` int64 [B]
@@ -157,8 +157,10 @@ def ray_batches(
     seconds = time.perf_counter() - started
     head_stop = min(batches.stop_step, batches.start_step + math.ceil(_HEAD_SECONDS / seconds))
     cost = Cost(seconds, batches.rows * batches.image_bytes)
-    steps = None if shelf is None else shelf.agree(max_steps_per_task(cost))
-    executions = in_executions(plan_rounds(batches.plan, head_stop, batches.stop_step, batches.share, cost, steps))
+    limits = Limits.of_store(_store_share(data_cpus), data_cpus)
+    steps = None if shelf is None else shelf.agree(max_steps_per_task(cost, limits))
+    rounds = plan_rounds(batches.plan, head_stop, batches.stop_step, batches.share, cost, limits, steps)
+    executions = in_executions(rounds)
     upcoming = next(executions, None)
     running: list[_Execution] = []
 
@@ -173,9 +175,9 @@ def ray_batches(
         head = replace(batches, start_step=batches.start_step + 1, stop_step=head_stop)
         yield from local_batches(head)
         while upcoming is not None:
-            rounds, upcoming = upcoming, next(executions, None)
-            late = rounds[(len(rounds) - 1) * 3 // 4].start  # time to begin the next, lest the flow stop between them
-            for step, batch in enumerate(running[0], start=rounds[0].start):
+            now, upcoming = upcoming, next(executions, None)
+            late = now[(len(now) - 1) * 3 // 4].start  # time to begin the next, lest the flow stop between the two
+            for step, batch in enumerate(running[0], start=now[0].start):
                 yield batch
                 if step >= late and len(running) == 1 and upcoming is not None:
                     begin(upcoming)
@@ -244,6 +246,16 @@ def _shelf_stream(batches: Batches, rounds: Sequence[Round], shelf: Shelf) -> Ge
         if isinstance(error.cause, TooManyBadSamples):
             raise error.cause from None
         raise
+
+
+def _store_share(data_cpus: float) -> float:
+    """Bytes of this machine's object store for a worker with that many of its CPUs."""
+    import ray
+
+    here = ray.get_runtime_context().get_node_id()
+    (resources,) = (node["Resources"] for node in ray.nodes() if node["NodeID"] == here)
+    share: float = resources["object_store_memory"] * min(1, data_cpus / max(1, resources.get("CPU", 0)))
+    return share
 
 
 def _part_maker(batches: Batches, parts: Sequence[Part]) -> Callable[[dict[str, Any]], dict[str, np.ndarray]]:

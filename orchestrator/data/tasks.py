@@ -17,7 +17,7 @@ from orchestrator.data.plan import IndexPlan
 _TASK_SECONDS = 1.0  # work that makes up for the price of a Ray task
 _MAX_TASK_BYTES = 64 << 20
 _MAX_TASK_STEPS = 64
-_MAX_ROUND_BYTES = 1 << 30  # crops of a window that wait for the slowest of its tasks
+_MAX_ROUND_BYTES = 1 << 30
 _TASKS_PER_EXECUTION = 512  # Ray Data plans every task before the first, so a long run is several executions
 
 
@@ -56,6 +56,22 @@ class Cost(NamedTuple):
     """Its crops."""
 
 
+class Limits(NamedTuple):
+    """How much may wait in the object store, which spills to disk when it is full."""
+
+    task_bytes: int = _MAX_TASK_BYTES
+    """Crops of one task; those of several are ready or in the making at a time."""
+    round_bytes: int = _MAX_ROUND_BYTES
+    """Crops of a window that wait for the slowest of its tasks."""
+
+    @classmethod
+    def of_store(cls, num_bytes: float, data_cpus: float) -> Limits:
+        """For a worker that may use `num_bytes` of the store and `data_cpus` tasks at once."""
+        # Ready, in the making and in use: each task has room for its output twice, as Ray Data copies it.
+        at_once = 2 * (math.ceil(data_cpus) + 2)
+        return cls(min(_MAX_TASK_BYTES, int(num_bytes / at_once)), min(_MAX_ROUND_BYTES, int(num_bytes / 4)))
+
+
 class Share(NamedTuple):
     """A worker's rows of every global batch."""
 
@@ -74,7 +90,13 @@ class Share(NamedTuple):
 
 
 def plan_rounds(
-    plan: IndexPlan, start: int, stop: int, share: Share, cost: Cost, steps_per_task: int | None = None
+    plan: IndexPlan,
+    start: int,
+    stop: int,
+    share: Share,
+    cost: Cost,
+    limits: Limits,
+    steps_per_task: int | None = None,
 ) -> Iterator[Round]:
     """The rounds that make the steps from `start` up to `stop` of one worker, in order.
 
@@ -83,16 +105,17 @@ def plan_rounds(
         start, stop: Steps.
         share: The worker's rows.
         cost: Of one batch of these.
+        limits: Of the memory that their crops may take.
         steps_per_task: Cut at multiples of it and nowhere else, so that others cut at the same steps; None: the first
             tasks are short, for someone is waiting for them. The windowed order is cut by its windows either way.
     """
     size = 1
-    per_task = steps_per_task or max_steps_per_task(cost)
+    per_task = steps_per_task or max_steps_per_task(cost, limits)
     while start < stop:
         window_end = plan.next_window(start)
         if window_end is not None:
             end = min(window_end, stop)
-            yield from _window(start, end, share, cost)
+            yield from _window(start, end, share, cost, limits)
         else:
             end = min(start + size if steps_per_task is None else (start // per_task + 1) * per_task, stop)
             size = min(2 * size, per_task)
@@ -100,19 +123,19 @@ def plan_rounds(
         start = end
 
 
-def max_steps_per_task(cost: Cost) -> int:
+def max_steps_per_task(cost: Cost, limits: Limits) -> int:
     """Batches that are worth a task and fit into one."""
-    return max(1, min(math.ceil(_TASK_SECONDS / cost.seconds), _MAX_TASK_BYTES // cost.num_bytes, _MAX_TASK_STEPS))
+    return max(1, min(math.ceil(_TASK_SECONDS / cost.seconds), limits.task_bytes // cost.num_bytes, _MAX_TASK_STEPS))
 
 
-def _window(start: int, stop: int, share: Share, cost: Cost) -> Iterator[Round]:
+def _window(start: int, stop: int, share: Share, cost: Cost, limits: Limits) -> Iterator[Round]:
     """One round; several, which read the same units again, if its crops would take too much memory."""
-    steps = max(1, min(stop - start, _MAX_ROUND_BYTES // cost.num_bytes))
+    steps = max(1, min(stop - start, limits.round_bytes // cost.num_bytes))
     for first in range(start, stop, steps):
         last = min(first + steps, stop)
         seconds, num_bytes = ((last - first) * each for each in cost)
         lanes = len(share.cuts) - 1
-        tasks = min(lanes, math.ceil(max(seconds / _TASK_SECONDS, num_bytes / _MAX_TASK_BYTES)))
+        tasks = min(lanes, math.ceil(max(seconds / _TASK_SECONDS, num_bytes / limits.task_bytes)))
         cuts = [share.cuts[lanes * task // tasks] for task in range(tasks + 1)]
         parts = tuple(Part(first, last, a, b) for a, b in pairwise(cuts))
         yield Round(first, last, parts)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import hashlib
 import io
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -12,6 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -19,12 +26,14 @@ from torch import Tensor
 
 from dino_core.config import CropsConfig
 from dino_core.crops import MultiCrop
-from orchestrator.config import DataConfig
-from orchestrator.data import stream, tasks
+from orchestrator.config import DataConfig, RunConfig
+from orchestrator.data import shelf, stream, tasks
 from orchestrator.data.plan import IndexPlan, Windows
+from orchestrator.data.shelf import Shelf, find_shelf, shelf_for_trials
 from orchestrator.data.sources import Split, open_source
 from orchestrator.data.stream import Batches, TooManyBadSamples, local_batches, make_batch, ray_batches
-from orchestrator.data.tasks import Part
+from orchestrator.data.tasks import Part, Round
+from orchestrator.overrides import override
 
 # Ray Data leaves the log file of an execution open when two run at once.
 pytestmark = [
@@ -34,6 +43,7 @@ pytestmark = [
     ),
 ]
 
+STORE_BYTES = 80 << 20  # about the least that Ray takes
 CROPS = MultiCrop(CropsConfig(global_size=16, local_size=8, num_local_crops=2), seed=3)
 BAD = (2, 3, 11)
 
@@ -51,6 +61,33 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Split:
     (root / "03.png").write_bytes((root / "04.png").read_bytes()[:200])
     (root / "11.png").write_text("not an image")
     return open_source(DataConfig(source=str(root))).train
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> Split:
+    """Fifty images in row groups of four."""
+    rng = np.random.default_rng(1)
+    images = []
+    for _ in range(50):
+        buffer = io.BytesIO()
+        Image.fromarray(rng.integers(0, 256, (10, 9, 3), dtype=np.uint8)).save(buffer, "PNG")
+        images.append(buffer.getvalue())
+    path = tmp_path_factory.mktemp("table") / "images.parquet"
+    pq.write_table(pa.table({"image": images}), path, row_group_size=4)
+    return open_source(DataConfig(source=str(path))).train
+
+
+def units(split: Split) -> bytes:
+    starts = split.units()
+    assert starts is not None
+    assert starts.tolist() == list(range(0, 50, 4))
+    return starts.tobytes()
+
+
+def digest(shares: list[dict[str, Tensor]]) -> str:
+    """Of a global batch, given as the shares of the ranks in order."""
+    whole = {name: torch.cat([share[name] for share in shares]) for name in sorted(shares[0])}
+    return hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in whole.values())).hexdigest()
 
 
 def batches_of(split: Split, *, batch_size: int = 6, windows: Windows | None = None, **changes: Any) -> Batches:
@@ -152,6 +189,35 @@ def test_an_error_of_a_thread_reaches_the_consumer(folder: Split) -> None:
     assert not threads_named("crops")
 
 
+def test_a_killed_stream_goes_on_where_it_was(table: Split) -> None:
+    location = str(Path(table.reader._files[0].path))  # type: ignore[attr-defined]
+    expected = [digest([batch]) for batch in local_batches(batches_of(table, windows=Windows(20, units(table))))]
+    seen: list[str] = []
+    for lines in (int(np.random.default_rng().integers(1, 25)), 30):  # a random step, another each time
+        command = [sys.executable, "-c", ENDLESS, location, str(len(seen))]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            while len(seen) < lines:
+                seen.append(process.stdout.readline().strip())
+            process.kill()
+    assert seen == expected
+
+
+ENDLESS = """
+import sys
+from orchestrator.config import DataConfig
+from orchestrator.data.plan import Windows
+from orchestrator.data.sources import open_source
+from orchestrator.data.stream import local_batches
+from tests.orchestrator.test_stream import batches_of, digest, units
+
+split = open_source(DataConfig(source=sys.argv[1])).train
+batches = batches_of(split, windows=Windows(20, units(split)), start_step=int(sys.argv[2]), stop_step=1000)
+for batch in local_batches(batches):
+    print(digest([batch]), flush=True)
+"""
+
+
 # Through Ray Data
 
 
@@ -159,7 +225,14 @@ def test_an_error_of_a_thread_reaches_the_consumer(folder: Split) -> None:
 def ray() -> Iterator[Any]:
     import ray
 
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(
+        address="local",
+        num_cpus=4,
+        object_store_memory=STORE_BYTES,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+    )
     yield ray
     ray.shutdown()
     gc.collect()  # what Ray leaves open is found here, not in another test
@@ -217,6 +290,124 @@ def test_the_head_start_joins_the_rest(ray: Any, folder: Split, monkeypatch: pyt
     monkeypatch.setattr(stream, "_HEAD_SECONDS", 1e9)
     assert len(list(ray_batches(batches))) == 30
     assert list(ray_batches(replace(batches, start_step=30))) == []
+
+
+@pytest.mark.ray
+def test_the_stream_is_the_same_for_any_workers_tasks_and_start(
+    ray: Any, by_ray: list[int], table: Split, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(7)
+    for windows in (None, Windows(20, units(table))):
+        whole = batches_of(table, windows=windows, stop_step=24)
+        expected = [digest([batch]) for batch in local_batches(whole)]
+        assert len(set(expected)) == 24
+        for world_size, max_steps in ((1, 1), (2, 3), (3, 7)):
+            monkeypatch.setattr(tasks, "_MAX_TASK_STEPS", max_steps)
+            start = int(rng.integers(0, 23))  # as after a kill: nothing is known but the step
+            parts = [
+                ray_batches(replace(whole, start_step=start, rank=rank, world_size=world_size), data_cpus=1)
+                for rank in range(world_size)
+            ]
+            assert [digest(list(shares)) for shares in zip(*parts, strict=True)] == expected[start:]
+
+
+@pytest.mark.ray
+def test_trials_share_what_one_of_them_made(ray: Any, folder: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, "_HEAD_SECONDS", 1e-9)
+    batches = batches_of(folder)
+    expected = list(local_batches(batches))
+    config = override(RunConfig(), {"cluster.share_crops": True})
+    assert find_shelf(config, 0, 2) is None  # a run alone
+    with shelf_for_trials(config) as keeper:
+        shelves = [find_shelf(config, 0, 2) for _ in range(3)]
+        trials = [ray_batches(batches, shelf=shelf) for shelf in shelves[:2]]
+        for want, *made in zip(expected, *trials, strict=True):
+            assert all(equal(want, batch) for batch in made)
+        made, taken = ray.get(keeper.traffic.remote())
+        assert taken == 2 * made > 0
+        # One that comes later takes all that is kept; one of another seed takes nothing.
+        assert all_equal(list(ray_batches(replace(batches, start_step=9), shelf=shelves[2])), expected[9:])
+        later = ray.get(keeper.traffic.remote())
+        assert later.made <= made + 1  # the cut at its first step
+        other = find_shelf(override(config, {"pretrain.seed": 5}), 0, 2)
+        assert other is not None
+        plan = replace(batches.plan, seed=5)
+        mine = replace(batches, plan=plan, crops=MultiCrop(CROPS.config, seed=5))
+        assert all_equal(list(ray_batches(mine, shelf=other)), list(local_batches(mine)))
+        assert ray.get(keeper.traffic.remote()).made > later.made
+    assert find_shelf(config, 0, 2) is None
+
+
+@pytest.mark.ray
+def test_a_full_shelf_forgets_and_has_made_again(ray: Any, folder: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, "_HEAD_SECONDS", 1e-9)
+    monkeypatch.setattr(shelf, "_STORE_SHARE", 1e-9)  # room for one part
+    monkeypatch.setattr(tasks, "_MAX_TASK_STEPS", 4)
+    config = override(RunConfig(), {"cluster.share_crops": True})
+    batches = batches_of(folder)
+    with shelf_for_trials(config) as keeper:
+        for _ in range(2):  # one after the other
+            assert all_equal(list(ray_batches(batches, shelf=find_shelf(config, 0, 2))), list(local_batches(batches)))
+        made, taken = ray.get(keeper.traffic.remote())
+        assert made == taken == 16
+        bad = replace(batches, max_pixels=1)
+        with pytest.raises(TooManyBadSamples, match="100 images in a row"):
+            list(stream._shelf_stream(bad, [Round(0, 4, (Part(0, 4, 0, 6),))], Shelf(keeper, "bad", 1)))
+
+
+@pytest.mark.ray
+def test_a_source_ten_times_the_object_store_streams_in_bounded_memory(
+    ray: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "_HEAD_SECONDS", 1e-9)
+    split = open_source(DataConfig(source=str(large_table(tmp_path, 10 * STORE_BYTES)))).train
+    crops = MultiCrop(CropsConfig(global_size=160, local_size=48, num_local_crops=2), seed=0)
+    plan = IndexPlan(len(split), 0, 64, Windows(256, np.asarray(split.units()).tobytes()))
+    steps = len(split) // 64
+    batches = Batches(split=split, crops=crops, plan=plan, max_pixels=10**6, start_step=0, stop_step=steps)
+    assert steps * 64 * batches.image_bytes > 3 * STORE_BYTES
+    processes: dict[int, int] = {}
+    seen = 0
+    for step, batch in enumerate(ray_batches(batches)):
+        seen += len(batch["sample_id"])
+        if step % 8 == 0:
+            for process in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    if "MapBatches" in process.name():
+                        memory = process.memory_full_info()
+                        processes[process.pid] = max(processes.get(process.pid, 0), memory.uss)
+    assert seen == steps * 64
+    spilled, restored = spilled_bytes()
+    largest = max(processes.values())
+    print(f"spilled {spilled >> 20} MiB, restored {restored >> 20} MiB; largest task process {largest >> 20} MiB")
+    assert spilled == 0
+    assert largest < 1 << 30
+
+
+def large_table(folder: Path, num_bytes: int) -> Path:
+    """Uncompressed noise in row groups of 6 MB."""
+    rng = np.random.default_rng(0)
+    path = folder / "large.parquet"
+    schema = pa.schema([("image", pa.binary())])
+    with pq.ParquetWriter(path, schema, compression="none", use_dictionary=False, write_statistics=False) as writer:
+        while not path.exists() or path.stat().st_size < num_bytes:
+            images = []
+            for pixels in rng.integers(0, 256, (12, 400, 400, 3), dtype=np.uint8):
+                buffer = io.BytesIO()
+                Image.fromarray(pixels).save(buffer, "BMP")
+                images.append(buffer.getvalue())
+            writer.write_table(pa.table({"image": images}, schema))
+    return path
+
+
+def spilled_bytes() -> tuple[int, int]:
+    """Bytes that Ray wrote to disk for want of room in the object store, and bytes read back."""
+    import ray
+    from ray._private.internal_api import get_memory_info_reply, get_state_from_address
+
+    state = get_state_from_address(ray.get_runtime_context().gcs_address)
+    stats = get_memory_info_reply(state).store_stats
+    return stats.spilled_bytes_total, stats.restored_bytes_total
 
 
 @pytest.mark.ray

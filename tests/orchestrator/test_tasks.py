@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from orchestrator.data import tasks
 from orchestrator.data.plan import IndexPlan, Windows
-from orchestrator.data.tasks import Cost, Share, in_executions, max_steps_per_task, plan_rounds
+from orchestrator.data.tasks import Cost, Limits, Share, in_executions, max_steps_per_task, plan_rounds
 
 CHEAP = Cost(seconds=1e-3, num_bytes=1000)
 
@@ -25,7 +25,7 @@ def test_tasks_cover_the_steps_once_and_grow(
     monkeypatch.setattr(tasks, "_TASKS_PER_EXECUTION", 3)
     monkeypatch.setattr(tasks, "_MAX_TASK_STEPS", steps)
     plan = IndexPlan(100, 0, 10)
-    executions = list(in_executions(plan_rounds(plan, start, stop, whole(plan), CHEAP)))
+    executions = list(in_executions(plan_rounds(plan, start, stop, whole(plan), CHEAP, Limits())))
     rounds = [this for some in executions for this in some]
     assert [step for this in rounds for step in range(this.start, this.stop)] == list(range(start, stop))
     assert all(len(some) <= 3 for some in executions)
@@ -38,7 +38,7 @@ def test_tasks_cover_the_steps_once_and_grow(
 def test_fixed_cuts_are_the_same_wherever_a_trial_begins() -> None:
     plan = IndexPlan(100, 0, 10)
     cuts = [
-        {this.start for this in plan_rounds(plan, start, 40, whole(plan), CHEAP, steps_per_task=8)} - {start}
+        {this.start for this in plan_rounds(plan, start, 40, whole(plan), CHEAP, Limits(), steps_per_task=8)} - {start}
         for start in (0, 3, 16)
     ]
     assert cuts[0] == {8, 16, 24, 32} == cuts[1]
@@ -47,10 +47,10 @@ def test_fixed_cuts_are_the_same_wherever_a_trial_begins() -> None:
 
 def test_a_task_is_worth_its_price_and_fits() -> None:
     tiny = 64 * 2 * 3 * 16 * 16
-    assert max_steps_per_task(Cost(0.1, tiny)) == 10
-    assert max_steps_per_task(Cost(1e-4, tiny)) == tasks._MAX_TASK_STEPS
-    assert max_steps_per_task(Cost(20, tiny)) == 1
-    assert max_steps_per_task(Cost(0.1, 64 * 2 * 3 * 224 * 224)) == 3
+    assert max_steps_per_task(Cost(0.1, tiny), Limits()) == 10
+    assert max_steps_per_task(Cost(1e-4, tiny), Limits()) == tasks._MAX_TASK_STEPS
+    assert max_steps_per_task(Cost(20, tiny), Limits()) == 1
+    assert max_steps_per_task(Cost(0.1, 64 * 2 * 3 * 224 * 224), Limits()) == 3
 
 
 @settings(max_examples=60, deadline=None)
@@ -78,7 +78,7 @@ def test_windowed_parts_make_each_row_of_each_step_once(
         share = Share.of(plan, rank, world)
         assert share.rows == batch_size // world
         step = start
-        for this in plan_rounds(plan, start, start + 60, share, Cost(*cost)):
+        for this in plan_rounds(plan, start, start + 60, share, Cost(*cost), Limits()):
             assert this.start == step < this.stop
             assert this.stop == this.start + 1 or (this.stop - this.start) * cost[1] <= tasks._MAX_ROUND_BYTES
             row = 0
@@ -100,7 +100,7 @@ def test_in_the_windowed_order_each_unit_is_read_by_one_task() -> None:
     for rank in range(4):
         share = Share.of(plan, rank, 4)
         assert share.cuts == (0, 64, 128)
-        for this in plan_rounds(plan, 0, 18, share, Cost(2.0, 1 << 20)):
+        for this in plan_rounds(plan, 0, 18, share, Cost(2.0, 1 << 20), Limits()):
             assert [part.rows for part in this.parts] == [64, 64]
             for part in this.parts:
                 positions = [plan.positions(step, rank, 4) for step in range(part.start, part.stop)]
@@ -109,3 +109,15 @@ def test_in_the_windowed_order_each_unit_is_read_by_one_task() -> None:
     # 9,216 images are 92 units; the ends of windows and lanes cut some of them in two
     assert len(set(reads)) >= 92
     assert len(reads) <= 92 + 3 * 8
+
+
+def test_a_small_object_store_makes_small_tasks() -> None:
+    assert Limits.of_store(1e12, 2) == Limits()
+    small = Limits.of_store(80 << 20, 2)
+    assert small == Limits(10 << 20, 20 << 20)
+    assert max_steps_per_task(Cost(1e-3, 3 << 20), small) == 3
+    assert max_steps_per_task(Cost(1e-3, 30 << 20), small) == 1
+    plan = IndexPlan(10_000, 1, 512, Windows(5120, np.zeros(1, dtype=np.int64).tobytes()))
+    for this in plan_rounds(plan, 0, 20, whole(plan), Cost(0.1, 6 << 20), small):
+        assert this.stop - this.start <= 3
+        assert len(this.parts) in (1, 2)
