@@ -30,6 +30,8 @@ _OF_ONE_FILE = frozenset((errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCE
 _MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # what Pillow refuses to open
 _BYTES_PER_PIXEL = 32  # a 16-bit or a transparent image, with all copies that its conversion makes
 
+_SPARE_BYTES = 256 << 20  # where the size is not known yet
+
 # Pillow's format plugins raise any of these on damaged data.
 _DAMAGED = (
     OSError,
@@ -147,13 +149,15 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
 
 
 def _damage(what: str, error: Exception, num_pixels: int) -> BadImage | MemoryError:
-    """The verdict on what Pillow raised. Damaged data can ask for any amount of memory: that the machine lacks it says
-    nothing, unless it lacks what an image of this size can take."""
-    if isinstance(error, MemoryError) or "out of memory" in str(error):
-        try:
-            np.empty(_BYTES_PER_PIXEL * num_pixels, np.uint8)
-        except MemoryError:
-            return MemoryError(f"no memory for an image of {num_pixels} pixels")
+    """The verdict on what Pillow raised.
+
+    That memory is short it says in many ways, some of them vague, and damaged data can ask for any amount: only where
+    there is less than an image of this size can take, the image is not to blame.
+    """
+    try:
+        np.empty(_SPARE_BYTES + _BYTES_PER_PIXEL * num_pixels, np.uint8)
+    except MemoryError:
+        return MemoryError(f"too little to decode an image: {error!r}")
     return BadImage(f"{what}: {str(error) or type(error).__name__}")
 
 

@@ -21,7 +21,7 @@ MAX_SCANS = 100
 
 _FILL, _SOS, _APP0, _APP1 = 0xFF, 0xDA, 0xE0, 0xE1
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-_ARITHMETIC = frozenset(range(0xC9, 0xD0))
+_ARITHMETIC, _HIERARCHICAL = frozenset((0xC9, 0xCA, 0xCB)), frozenset((0xC5, 0xC6, 0xC7, 0xCD, 0xCE, 0xCF))
 _PROGRESSIVE = 0xC2
 _EXIF, _XMP, _JFIF = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0", b"JFIF\0"
 _XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
@@ -86,6 +86,8 @@ def _read_header(data: bytes) -> JpegHeader:
         raise ValueError(f"JPEG of {bits} bits a channel; only 8 are read")
     if channels not in (1, 3, 4):
         raise ValueError(f"JPEG of {channels} channels; only 1, 3 and 4 are read")
+    if kind in _HIERARCHICAL:
+        raise ValueError("hierarchical JPEG, which libjpeg does not read")
     if kind in _ARITHMETIC:
         raise ValueError("arithmetic-coded JPEG, which cannot be told to be whole")
     if (kind == _PROGRESSIVE or data[place + 4] < channels) and data.count(b"\xff\xda") > MAX_SCANS:
@@ -162,8 +164,8 @@ def _refusal(error: ValueError) -> ValueError | MemoryError:
     """libjpeg's message as one of ours."""
     if "nsufficient memory" in str(error):
         return MemoryError(str(error))
-    if "subsampling" in str(error):
-        return ValueError("JPEG of a chroma sampling that libjpeg-turbo has no name for")
+    if "subsampling" in str(error):  # all that simplejpeg says of a header that libjpeg does not take
+        return ValueError("damaged header, or a JPEG of a chroma sampling that libjpeg-turbo has no name for")
     return ValueError(f"damaged: {error}")
 
 

@@ -41,7 +41,7 @@ def test_each_is_counted_and_written_once(tmp_path: Path, split: Split) -> None:
     assert records == [
         {"sample": 3, "name": "03.jpg", "reason": "empty file"},
         {"sample": 7, "name": "07.jpg", "reason": "empty file"},
-        {"sample": 4, "name": "04.jpg", "reason": "not an image in a format that Pillow reads"},
+        {"sample": 4, "name": "04.jpg", "reason": "not an image in a format that is read"},
     ]
 
 
