@@ -1,4 +1,4 @@
-"""JPEG by libjpeg-turbo, whole or not at all: a fraction of the time of Pillow's path, and its pixels to the bit.
+"""JPEG by libjpeg-turbo, whole or not at all: with less work than by way of Pillow, and to the same pixels.
 
 Pillow takes a JPEG whose data end early behind a proper end marker, or have a hole, and fills the rest with grey. Here
 whatever libjpeg warns about is an error, so no JPEG goes to Pillow, and the few of which libjpeg could not tell whether
