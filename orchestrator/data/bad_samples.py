@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from contextlib import closing
 from pathlib import Path
@@ -14,6 +15,10 @@ from orchestrator.data.images import BadImage, load_image
 from orchestrator.data.split import Split
 from orchestrator.data.stream import Batch, TooManyBadSamples
 from orchestrator.records import BAD_SAMPLES_FILE, AppendOnly, read_lines
+
+logger = logging.getLogger(__name__)
+
+_ROUNDING = 1e-6  # 0.29 of 100 images are 29, not the 28.999... of floating point
 
 
 class BadSampleLog:
@@ -36,7 +41,11 @@ class BadSampleLog:
             self._reasons = known[0]
 
     def note(self, batch: Batch) -> Batch:
-        """Take note of a batch's `bad_id` [B] and hand the batch on. Reads the sample again for the reason."""
+        """Take note of a batch's `bad_id` [B] and hand the batch on. Reads the sample again for the reason.
+
+        Raises:
+            StorageError, MemoryError: Now it cannot be read for a reason that is not its own.
+        """
         bad_ids = batch["bad_id"]
         for sample in sorted(set(bad_ids[bad_ids >= 0].tolist()) - self._reasons.keys() - self._new.keys()):
             try:
@@ -48,6 +57,8 @@ class BadSampleLog:
 
     def check(self) -> int:
         """How many distinct images all workers have found unreadable. Every rank calls it at the same step.
+
+        Rank 0 lists and logs each when it is first known, once over all ranks, restarts and resumed runs.
 
         Raises:
             TooManyBadSamples: More than `data.max_bad_fraction` of the split; every rank raises it.
@@ -62,8 +73,10 @@ class BadSampleLog:
         if new and rank() == 0:
             with closing(AppendOnly(self._path)) as file:
                 for sample, reason in new.items():
-                    file.append({"sample": sample, "name": self._split.name(sample), "reason": reason})
-        allowed = math.floor(self._config.max_bad_fraction * len(self._split))
+                    name = self._split.name(sample)
+                    file.append({"sample": sample, "name": name, "reason": reason})
+                    logger.warning("sample %d, %s, is unreadable and replaced by another: %s", sample, name, reason)
+        allowed = math.floor(self._config.max_bad_fraction * len(self._split) + _ROUNDING)
         if len(self._reasons) > allowed:
             first = "; ".join(f"{self._split.name(s)}: {why}" for s, why in list(self._reasons.items())[:3])
             raise TooManyBadSamples(
