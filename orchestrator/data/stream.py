@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dino_core.crops import NUM_GLOBAL_CROPS, MultiCrop
-from orchestrator.data.images import BadImage, load_image
+from orchestrator.data.images import BadImage, StorageError, load_image
 from orchestrator.data.plan import IndexPlan
 from orchestrator.data.shelf import Shelf, prefer_this_machine
 from orchestrator.data.sources import Split
@@ -230,7 +230,7 @@ def _ray_stream(batches: Batches, rounds: Sequence[Round], cpus: float) -> Gener
         made = iter(dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1))
         yield from assemble(made, rounds)
     except RayTaskError as error:
-        if isinstance(error.cause, TooManyBadSamples):
+        if isinstance(error.cause, TooManyBadSamples | StorageError):
             raise error.cause from None
         raise
 
@@ -243,7 +243,7 @@ def _shelf_stream(batches: Batches, rounds: Sequence[Round], shelf: Shelf) -> Ge
     try:
         yield from assemble(shelf.take(batches, parts), rounds)
     except RayTaskError as error:
-        if isinstance(error.cause, TooManyBadSamples):
+        if isinstance(error.cause, TooManyBadSamples | StorageError):
             raise error.cause from None
         raise
 

@@ -416,7 +416,7 @@ def picture(number: int, kind: str) -> bytes:
 BROKEN = {
     "cut.jpg": (picture(0, "JPEG")[:-120], "damaged: "),
     "empty.png": (b"", "empty file"),
-    "text.jpg": (b"these are words", "not an image in a format that Pillow reads"),
+    "text.jpg": (b"these are words", "not an image in a format that is read"),
 }
 
 
