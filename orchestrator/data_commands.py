@@ -167,10 +167,11 @@ def _open(command: str, source: str, settings: Sequence[str]) -> tuple[RunConfig
 
 def _summary(done: Converted, options: ConvertOptions) -> list[str]:
     from orchestrator.data.convert import LEFT_OUT_FILE
+    from orchestrator.data.scan import show_bytes
 
     images = " and ".join(f"{count:,} {name}" for name, count in done.images.items())
     lines = [f"{done.address}: {images} images in {done.files:,} {'file' if done.files == 1 else 'files'}, "]
-    lines[0] += f"{done.size / 1e6:,.1f} MB"
+    lines[0] += f"{show_bytes(done.size)}"
     if done.left_out:
         lines.append(f"left out: {len(done.left_out):,} unusable, listed in {LEFT_OUT_FILE}")
     if options.shorter_side is not None:

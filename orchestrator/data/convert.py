@@ -26,7 +26,7 @@ from orchestrator.data.destination import Destination, new_folder
 from orchestrator.data.encode import shrink, to_png
 from orchestrator.data.images import BadImage, decode
 from orchestrator.data.parquet_writer import Row, schema_of, write_shard
-from orchestrator.data.scan import available_cores, evenly_spread, in_order, printable, read_stored
+from orchestrator.data.scan import available_cores, evenly_spread, in_order, printable, read_stored, show_bytes
 from orchestrator.data.split import Source, Split
 from orchestrator.data.spool import Spool
 from orchestrator.errors import RunFailed
@@ -178,8 +178,8 @@ class _Conversion:
         if free is not None and needed > free:
             twice = ", twice the data, as they are sorted into their new order on disk" if spooled else ""
             raise ConfigError(
-                f"DEST = {folder.address}: needs about {needed / 1e9:.3g} GB{twice}, and its disk has "
-                f"{free / 1e9:.3g} GB free"
+                f"DEST = {folder.address}: needs about {show_bytes(needed)}{twice}, and its disk has "
+                f"{show_bytes(free)} free"
             )
 
     def _prepare(self, split: Split, index: int) -> tuple[bytes, bool] | BadImage:

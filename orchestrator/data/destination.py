@@ -51,6 +51,9 @@ class _LocalDestination:
             raise ConfigError(f"DEST = {dest}: is there already and not empty; name a new folder")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"DEST = {dest}: {path.parent} cannot be made: {error.strerror}") from error
+        try:
             self._partial.mkdir()
         except FileExistsError:
             raise ConfigError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from dino_core.config import CropsConfig
 from orchestrator.config import DataConfig
 from orchestrator.data.inspect import ELONGATED, Inspection, Range, SplitReport
+from orchestrator.data.scan import show_bytes, show_number
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -74,15 +74,15 @@ def advice(found: Inspection, config: DataConfig, crops: CropsConfig) -> list[st
     if speed is not None and speed.shrink_speedup is not None and speed.shrink_speedup >= _WORTH_SHRINKING:
         assert train.megapixels is not None
         told.append(
-            f"The median image has {_short(train.megapixels.median)} megapixels, more than the crops need: `data "
+            f"The median image has {show_number(train.megapixels.median)} megapixels, more than the crops need: `data "
             f"convert --shorter-side {speed.shorter_side}` makes decoding and cropping {speed.shrink_speedup:.1f} "
             "times as fast (measured), but the images are no longer the same."
         )
     unit = train.largest_unit_bytes
     if unit is not None and unit > _LARGE_UNIT_BYTES and config.shuffle == "full":
         told.append(
-            f"Row groups of up to {_bytes(unit)} are slow in random order, as one is read for an image unless it is in "
-            "the cache: data.shuffle=windowed, or `data convert`."
+            f"Row groups of up to {show_bytes(unit)} are slow in random order, as one is read for an image "
+            "unless it is in the cache: data.shuffle=windowed, or `data convert`."
         )
     if train.stored_by_class and config.shuffle == "windowed" and train.images > config.shuffle_window:
         told.append(
@@ -107,13 +107,15 @@ def _rows(found: Inspection, crops: CropsConfig) -> list[tuple[str, ...]]:
     parts: dict[str, Callable[[SplitReport], str]] = {
         "images": lambda s: f"{s.images:,}",
         "classes": _classes,
-        "bytes": lambda s: f"{_range(s.image_bytes, _bytes)}; {_total_bytes(s)} in all",
-        "width": lambda s: _range(s.width, _short),
-        "height": lambda s: _range(s.height, _short),
-        "megapixels": lambda s: _range(s.megapixels, _short) if s.megapixels and s.megapixels.largest >= 0.1 else "",
+        "bytes": lambda s: f"{_range(s.image_bytes, show_bytes)}; {_total_bytes(s)} in all",
+        "width": lambda s: _range(s.width, show_number),
+        "height": lambda s: _range(s.height, show_number),
+        "megapixels": lambda s: (
+            _range(s.megapixels, show_number) if s.megapixels and s.megapixels.largest >= 0.1 else ""
+        ),
         "format": lambda s: _counts(s.formats),
         "mode": lambda s: _counts(s.modes),
-        "largest row group": lambda s: _bytes(s.largest_unit_bytes) if s.largest_unit_bytes else "",
+        "largest row group": lambda s: show_bytes(s.largest_unit_bytes) if s.largest_unit_bytes else "",
         f"longer than {ELONGATED}:1": lambda s: _some(s.elongated),
         f"shorter side < {crops.global_size}": lambda s: _some(s.below_global_size),
         f"shorter side < {crops.local_size}": lambda s: _some(s.below_local_size),
@@ -147,7 +149,7 @@ def _tail(found: Inspection, config: DataConfig, crops: CropsConfig) -> list[str
         lines += [
             "",
             f"One core, measured on {speed.images} training images: {decoding}decoding and {num_crops} crops "
-            f"{_short(speed.decode_and_crop)} images/s",
+            f"{show_number(speed.decode_and_crop)} images/s",
             f"{_WANTED_PER_S:,} images/s need {_count(cores, 'such core')}",
         ]
     told = advice(found, config, crops)
@@ -163,13 +165,13 @@ def _first(count: int) -> str:
 def _classes(split: SplitReport) -> str:
     if split.num_classes is None or split.class_sizes is None:
         return "without labels"
-    return f"{split.num_classes:,}, of {_range(split.class_sizes, _short)} images"
+    return f"{split.num_classes:,}, of {_range(split.class_sizes, show_number)} images"
 
 
 def _total_bytes(split: SplitReport) -> str:
     if 0 < split.looked_at < split.images:
-        return f"about {_bytes(split.total_bytes / split.looked_at * split.images)}"
-    return _bytes(split.total_bytes)
+        return f"about {show_bytes(split.total_bytes / split.looked_at * split.images)}"
+    return show_bytes(split.total_bytes)
 
 
 def _range(values: Range | None, show: Callable[[float], str]) -> str:
@@ -190,13 +192,3 @@ def _some(count: int) -> str:
 
 def _count(number: int, thing: str) -> str:
     return f"{number:,} {thing}" if number == 1 else f"{number:,} {thing}s"
-
-
-def _short(number: float) -> str:
-    """Whole from 100 on, else three digits."""
-    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
-
-
-def _bytes(number: float) -> str:
-    power = min(int(math.log(number, 1000)), 4) if number >= 1 else 0
-    return f"{_short(number / 1000**power)} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -34,8 +36,10 @@ def in_order(work: Callable[[int], T], numbers: Sequence[int], threads: int) -> 
     waiting: deque[Future[list[T]]] = deque()
     pool = ThreadPoolExecutor(threads, thread_name_prefix="images")
 
+    stopped = threading.Event()
+
     def some(start: int) -> list[T]:
-        return [work(int(number)) for number in numbers[start : start + _CHUNK]]
+        return [work(int(number)) for number in numbers[start : start + _CHUNK] if not stopped.is_set()]
 
     try:
         while True:
@@ -45,6 +49,7 @@ def in_order(work: Callable[[int], T], numbers: Sequence[int], threads: int) -> 
                 return
             yield from waiting.popleft().result()
     finally:
+        stopped.set()
         pool.shutdown(wait=True, cancel_futures=True)
 
 
@@ -64,3 +69,14 @@ def evenly_spread(count: int, most: int) -> NDArray[np.int64]:
 def printable(name: str) -> str:
     """A file name with whatever is no character of text (control codes, undecodable bytes) escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+
+
+def show_number(number: float) -> str:
+    """Whole from 100 on, else three digits."""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+
+
+def show_bytes(number: float) -> str:
+    """Such as 12.3 MB."""
+    power = min(int(math.log(number, 1000)), 4) if number >= 1 else 0
+    return f"{show_number(number / 1000**power)} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
