@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from dino_core.config import ConfigError
 from dino_core.counter_rng import absorb, root
 from orchestrator.config import DataConfig
-from orchestrator.data.destination import Destination, new_folder
+from orchestrator.data.destination import Destination, local_path, new_folder
 from orchestrator.data.encode import shrink, to_png
 from orchestrator.data.images import BadImage, decode
 from orchestrator.data.parquet_writer import Row, schema_of, write_shard
@@ -113,8 +113,8 @@ def convert(
 
 def _refuse_inside(source: Source, dest: str) -> None:
     """What lies in the source would become a part of it."""
-    old, new = Path(source.location), Path(dest).expanduser().absolute()
-    if old.is_dir() and new.resolve().is_relative_to(old.resolve()):
+    old, new = Path(source.location), local_path(dest)
+    if new is not None and old.is_dir() and new.resolve().is_relative_to(old.resolve()):
         raise ConfigError(f"DEST = {dest}: lies in the source {source.location}; name a folder elsewhere")
 
 

@@ -137,6 +137,14 @@ class _RemoteDestination:
                 self._filesystem.delete_file(path)
 
 
+def local_path(dest: str) -> Path | None:
+    """The absolute path that a path or file:// URL names; None for any other URL."""
+    if not is_url(dest):
+        return Path(os.path.abspath(os.path.expanduser(dest)))
+    parts = urlsplit(dest)
+    return Path(os.path.abspath(unquote(parts.path))) if parts.scheme.lower() == "file" else None
+
+
 @contextmanager
 def new_folder(dest: str) -> Generator[Destination]:
     """The folder that `dest` (a path or URL) names: published at the end, discarded if anything is raised inside.
@@ -145,17 +153,15 @@ def new_folder(dest: str) -> Generator[Destination]:
         ConfigError: It is there already and not empty, or cannot be made.
         RunFailed: A file in it could not be written, such as for want of space.
     """
-    if is_url(dest) and not dest.startswith("file://"):
-        folder: Destination = _RemoteDestination(dest)
-    else:
-        path = unquote(urlsplit(dest).path) if is_url(dest) else dest
-        folder = _LocalDestination(dest, Path(os.path.abspath(os.path.expanduser(path))))
+    path = local_path(dest)
+    folder: Destination = _RemoteDestination(dest) if path is None else _LocalDestination(dest, path)
     try:
         yield folder
         folder.publish()
     except OSError as error:
         folder.discard()
-        raise RunFailed(f"{folder.address}: cannot be written: {error.strerror or error}; nothing was kept") from error
+        why = _without(dest, error) if path is None else error.strerror or error
+        raise RunFailed(f"{folder.address}: cannot be written: {why}; nothing was kept") from error
     except BaseException:
         folder.discard()
         raise
