@@ -17,6 +17,7 @@ from click.shell_completion import CompletionItem
 
 from dino_core.config import ConfigError
 from dino_core.export import FORMATS, NETWORKS
+from orchestrator.data_commands import data
 from orchestrator.errors import RunFailed
 
 if TYPE_CHECKING:
@@ -65,6 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 )
 def cli() -> None:
     """Self-supervised pre-training by self-distillation on Ray, with sweeps, recorded in MLflow."""
+
+
+cli.add_command(data)
 
 
 def _complete_recipes(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
