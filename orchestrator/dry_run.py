@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from dino_core.config import PretrainConfig
 from dino_core.schedules import build_schedules
 from orchestrator.config import RunConfig
+from orchestrator.data.shelf import num_streams
 from orchestrator.overrides import flatten, show
 from orchestrator.preflight import open_sources
 from orchestrator.ray_cluster import Capacity, Demand, cluster_address, plan_concurrency, resolve_launcher
@@ -100,7 +101,7 @@ def print_sweep(sweep: Sweep, trials: Sequence[Trial], write: Callable[[str], No
         "scheduler": _scheduler(sweep),
         "launcher": _LAUNCHERS[resolve_launcher(config.cluster, in_sweep=True)],
         "each trial needs": _demand(config),
-        "at once": _at_once(config, len(trials)),
+        "at once": _at_once([trial.config for trial in trials]),
         "data": "; ".join(source.describe() for source in sources.values()),
         "steps": f"{each} per trial, {sum(steps):,} in all",
         "images": f"{images:,} in all, {_crops([trial.config for trial in trials])}",
@@ -252,16 +253,18 @@ def _demand(config: RunConfig) -> str:
     )
 
 
-def _at_once(config: RunConfig, num_trials: int) -> str:
+def _at_once(trials: Sequence[RunConfig]) -> str:
+    config = trials[0]
     address = cluster_address(config.cluster)
     if address is not None:
         most = config.cluster.max_concurrent_trials
         return f"as many as fit on the cluster {address}" + (f", at most {most}" if most else "")
     here = Capacity.of_this_machine()
-    count = plan_concurrency(config, here, num_trials)
+    count = plan_concurrency(config, here, len(trials), num_streams(trials))
     demand = Demand.of(config)
     gpus = f" and {_number(count * demand.gpus, 'GPU')}" if demand.gpus else ""
-    cpus = count * (demand.cpus + demand.data_cpus)
+    streams = min(count, num_streams(trials) or count)
+    cpus = count * demand.cpus + streams * demand.data_cpus
     return f"{_number(count, 'trial')} on this machine, {cpus} of {here.cpus:g} CPUs{gpus}"
 
 

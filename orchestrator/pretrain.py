@@ -27,6 +27,7 @@ from orchestrator.runs import (
     check_same_images,
     find_folder,
     git_commit,
+    length_in_words,
     new_name,
     prepare_run,
     resume_command,
@@ -158,7 +159,7 @@ def _train(record: RunRecord, folder: Path, launcher: Callable[[Path], None]) ->
 def _supervised(record: RunRecord, folder: Path, config: RunConfig) -> None:
     local = config.cluster.launcher == "local"
     target = Target.of(config.tracking)
-    print(f"run {record.run_id}: {int(record.derived['total_steps'])} steps; records in {folder}", flush=True)
+    print(f"run {record.run_id}: {length_in_words(record)}; records in {folder}", flush=True)
     ledger = Ledger(folder)
     stopped = threading.Event()
 

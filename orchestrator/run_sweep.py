@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from dino_core.config import ConfigError
 from orchestrator.config import RunConfig
-from orchestrator.data.shelf import shelf_for_trials, stream_key
+from orchestrator.data.shelf import num_streams, shelf_for_trials
 from orchestrator.launch import trial_resources, tune_trial
 from orchestrator.overrides import flatten, override
 from orchestrator.preflight import open_sources
@@ -41,6 +41,7 @@ from orchestrator.runs import (
     check_same_images,
     find_folder,
     git_commit,
+    length_in_words,
     new_name,
     prepare_run,
     resume_command,
@@ -206,7 +207,12 @@ def _run(plan: _Plan) -> SweepResult:
     open_trials = plan.open_trials()
     target = Target.of(config.tracking)
     name = plan.folder.name
-    print(f"sweep {name}: {len(plan.records)} trials, {len(open_trials)} to run; records in {plan.folder}", flush=True)
+    lengths = "; ".join(dict.fromkeys(map(length_in_words, plan.records.values())))
+    print(
+        f"sweep {name}: {len(plan.records)} trials, {len(open_trials)} to run, each of {lengths}; "
+        f"records in {plan.folder}",
+        flush=True,
+    )
     runs = [RunProgress.of(plan.run_dir(trial_id), trial_id) for trial_id in plan.records]
     ledger = Ledger(plan.folder)
     ledger.record(name, "started")
@@ -249,9 +255,8 @@ def _tune(plan: _Plan, open_trials: list[str], ledger: Ledger) -> None:
 
     from orchestrator.tune_callback import LedgerCallback
 
-    streams = {stream_key(override(RunConfig(), plan.records[trial_id].config)) for trial_id in open_trials}
-    shared = len(streams) if config.cluster.share_crops else None
-    concurrency = plan_concurrency(config, capacity, len(open_trials), shared)
+    streams = num_streams([override(RunConfig(), plan.records[trial_id].config) for trial_id in open_trials])
+    concurrency = plan_concurrency(config, capacity, len(open_trials), streams)
     for trial_id in open_trials:
         (plan.run_dir(trial_id) / FAILURE_FILE).unlink(missing_ok=True)
     trials = {str(plan.run_dir(trial_id)): plan.records[trial_id] for trial_id in open_trials}

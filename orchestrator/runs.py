@@ -129,15 +129,27 @@ def prepare_run(
     )
 
 
+def length_in_words(record: RunRecord) -> str:
+    """How long a run is, in steps and in epochs, whichever was asked for."""
+    steps, per_epoch = record.derived["total_steps"], record.derived["steps_per_epoch"]
+    return f"{steps:,.0f} steps = {steps / per_epoch:,.4g} epochs of {record.derived['num_samples']:,.0f} images"
+
+
 def with_absolute_paths(config: RunConfig) -> RunConfig:
     """The same run, wherever its processes stand: relative paths are taken from here."""
-    from orchestrator.data.sources import DIGITS  # imports numpy
+    from orchestrator.data.sources import DIGITS, TORCHVISION  # imports numpy
+    from orchestrator.data.storage import is_url
 
-    storage = str(Path(config.cluster.storage).resolve())
-    source = config.data.source
-    if source != DIGITS and Path(source).exists():
-        source = str(Path(source).resolve())
-    return override(config, {"cluster.storage": storage, "data.source": source})
+    source, cache = config.data.source, config.cluster.decoded_cache_dir
+    changes = {"cluster.storage": str(Path(config.cluster.storage).resolve())}
+    if source.startswith(TORCHVISION):
+        changes["data.root"] = str(Path(config.data.root).expanduser().resolve())
+    elif source != DIGITS and not is_url(source):
+        path = Path(source).expanduser()
+        changes["data.source"] = str(path.parent.resolve() / path.name if path.name else path.resolve())
+    if cache is not None:
+        changes["cluster.decoded_cache_dir"] = str(Path(cache).expanduser().resolve())
+    return override(config, changes)
 
 
 def resumed_record(record: RunRecord, changes: Mapping[str, Any]) -> RunRecord:

@@ -37,6 +37,11 @@ def stream_key(config: RunConfig) -> str:
     return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
 
 
+def num_streams(trials: Sequence[RunConfig]) -> int | None:
+    """How many different streams the trials of a sweep have; None where they share nothing."""
+    return len(set(map(stream_key, trials))) if trials[0].cluster.share_crops else None
+
+
 class Traffic(NamedTuple):
     """What went over a shelf."""
 
