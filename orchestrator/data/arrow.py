@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.config import DataConfig
 from orchestrator.data.split import Source
 from orchestrator.data.storage import LocalFolder, Place
-from orchestrator.data.table import File, Format, Head, open_table
+from orchestrator.data.table import File, Format, Head, kept_open, open_table
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -36,7 +36,7 @@ def _open(file: File) -> pa.NativeFile:
 
     if isinstance(file.folder, LocalFolder):
         return pa.memory_map(os.path.join(file.folder.root, file.name))
-    return file.folder.open(file.name)
+    return kept_open(file)
 
 
 @lru_cache(maxsize=1024)
@@ -62,22 +62,22 @@ def read_head(file: File) -> Head:
         found = [batch for message in metadata if (batch := _batch_header(message)) is not None]
         if any(compressed for _, compressed in found):
             raise OSError("a compressed stream cannot be read in any order; store it as an Arrow file with a footer")
-        schema = pa.ipc.open_stream(pa.BufferReader(whole)).schema
-        return Head(schema, [rows for rows, _ in found], b"".join(metadata))
-    with _open(file) as opened:
-        schema = pa.ipc.open_file(opened).schema
-        opened.seek(file.size - 10)
-        length = int.from_bytes(opened.read(4), "little", signed=True)
-        opened.seek(file.size - 10 - length)
-        footer = opened.read(length)
-        rows = []
-        for offset, size in _blocks(footer):
-            opened.seek(offset + 8)  # after the mark and the length of a message
-            batch = _batch_header(opened.read(size - 8))
-            if batch is None:
-                raise OSError("its footer does not name its batches")
-            rows.append(batch[0])
-        return Head(schema, rows, footer)
+        return Head(_schema(file), _plausible(file, [rows for rows, _ in found]), b"".join(metadata))
+    opened = _open(file)
+    length = _number("<i", opened.read_at(4, file.size - 10), 0)
+    footer = opened.read_at(max(0, length), file.size - 10 - length)
+    # Of each message, what follows the mark and the length.
+    metadata = [opened.read_at(size - 8, offset + 8) for offset, size in _blocks(footer)]
+    found = [batch for message in metadata if (batch := _batch_header(message)) is not None]
+    if len(found) < len(metadata):
+        raise OSError("its footer does not name its batches")
+    return Head(_schema(file), _plausible(file, [rows for rows, _ in found]), b"".join([footer, *metadata]))
+
+
+def _plausible(file: File, rows: list[int]) -> list[int]:
+    if any(number < 0 for number in rows) or sum(rows) > file.size:
+        raise OSError("its metadata are damaged: more rows than bytes")
+    return rows
 
 
 def _field(data: bytes, table: int, number: int) -> int | None:
@@ -130,18 +130,27 @@ def _reader(file: File, names: Sequence[str]) -> Any:
     """A reader of some columns, in the order of the schema."""
     import pyarrow as pa
 
-    is_stream = _is_stream(file)
-    start = pa.ipc.open_stream if is_stream else pa.ipc.open_file
-    source = pa.BufferReader(_mapped(file)) if is_stream else _open(file)
-    schema = start(source).schema
-    source.seek(0)
-    fields = sorted(schema.get_field_index(name) for name in names)
-    return start(source, options=pa.ipc.IpcReadOptions(included_fields=fields, use_threads=False))
+    fields = sorted(_schema(file).get_field_index(name) for name in names)
+    options = pa.ipc.IpcReadOptions(included_fields=fields, use_threads=False)
+    if _is_stream(file):
+        return pa.ipc.open_stream(pa.BufferReader(_mapped(file)), options=options)
+    return pa.ipc.open_file(_open(file), options=options)
+
+
+@lru_cache(maxsize=1024)
+def _schema(file: File) -> pa.Schema:
+    import pyarrow as pa
+
+    if _is_stream(file):
+        return pa.ipc.open_stream(pa.BufferReader(_mapped(file))).schema
+    return pa.ipc.open_file(_open(file)).schema
 
 
 def read_columns(file: File, names: list[str]) -> pa.Table:
     """Some columns. Raises ArrowException or OSError."""
-    return _reader(file, names).read_all().select(names)
+    columns = _reader(file, names).read_all().select(names)
+    columns.validate(full=True)
+    return columns
 
 
 @lru_cache(maxsize=256)
@@ -153,7 +162,9 @@ def read_group(file: File, group: int, column: str, field: str | None) -> pa.Arr
     """One column of one batch. Raises ArrowException or OSError."""
     batch = _stream_batches(file, column)[group] if _is_stream(file) else _reader(file, [column]).get_batch(group)
     values = batch.column(0)
-    return values.flatten()[values.type.get_field_index(field)] if field else values
+    values = values.flatten()[values.type.get_field_index(field)] if field else values
+    values.validate(full=True)  # else damaged offsets would lead anywhere in memory
+    return values
 
 
 FORMAT = Format("arrow", "Arrow", "record batch", read_head, read_columns, read_group)

@@ -9,7 +9,7 @@ from typing import IO, TYPE_CHECKING
 from orchestrator.config import DataConfig
 from orchestrator.data.split import Source
 from orchestrator.data.storage import LocalFolder, Place
-from orchestrator.data.table import File, Format, Head, open_table
+from orchestrator.data.table import File, Format, Head, kept_open, open_table
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -29,46 +29,42 @@ def read_head(file: File) -> Head:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    footer = _read_footer(file)
-    with pq.ParquetFile(pa.BufferReader(footer)) as tail:
-        groups = [tail.metadata.row_group(group).num_rows for group in range(tail.metadata.num_row_groups)]
+    footer, metadata = _footer(file)
+    groups = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+    with pq.ParquetFile(pa.BufferReader(footer), metadata=metadata) as tail:
         return Head(tail.schema_arrow, groups, footer[:-8])
 
 
-def _read_footer(file: File) -> bytes:
+def _read_footer(file: IO[bytes], size: int) -> bytes:
     """The end of the file from the footer on: by itself a Parquet file whose row groups are elsewhere."""
-    with file.folder.open(file.name) as opened:
-        tail = _read_at(opened, max(0, file.size - _TAIL), file.size)
-        length = int.from_bytes(tail[-8:-4], "little") + 8
-        if len(tail) < length <= file.size and tail[-4:] == b"PAR1":
-            return _read_at(opened, file.size - length, file.size)
-        return tail[-length:] if length < len(tail) else tail
-
-
-def _read_at(file: IO[bytes], start: int, end: int) -> bytes:
-    file.seek(start)
-    return file.read(end - start)
+    file.seek(max(0, size - _TAIL))
+    tail = file.read(_TAIL)
+    length = int.from_bytes(tail[-8:-4], "little") + 8
+    if len(tail) < length <= size and tail[-4:] == b"PAR1":
+        file.seek(size - length)
+        return file.read(length)
+    return tail[-length:]
 
 
 @lru_cache(maxsize=256)
-def _footer(file: File) -> pq.FileMetaData:
+def _footer(file: File) -> tuple[bytes, pq.FileMetaData]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    return pq.read_metadata(pa.BufferReader(_read_footer(file)))
-
-
-@lru_cache(maxsize=256)
-def _kept_open(file: File) -> pa.NativeFile:
-    return file.folder.open(file.name)
+    if isinstance(file.folder, LocalFolder):
+        with file.folder.open(file.name) as opened:
+            footer = _read_footer(opened, file.size)
+    else:
+        footer = _read_footer(kept_open(file), file.size)
+    return footer, pq.read_metadata(pa.BufferReader(footer))
 
 
 def _open(file: File) -> pq.ParquetFile:
     import pyarrow.parquet as pq
 
     if isinstance(file.folder, LocalFolder):
-        return pq.ParquetFile(os.path.join(file.folder.root, file.name), metadata=_footer(file))
-    return pq.ParquetFile(_kept_open(file), metadata=_footer(file), pre_buffer=True)
+        return pq.ParquetFile(os.path.join(file.folder.root, file.name), metadata=_footer(file)[1])
+    return pq.ParquetFile(kept_open(file), metadata=_footer(file)[1], pre_buffer=True)
 
 
 def read_columns(file: File, names: list[str]) -> pa.Table:

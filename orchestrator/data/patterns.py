@@ -13,12 +13,13 @@ _MAX_EXPANSIONS = 100_000
 _MAX_COMPARED = 10_000
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
+_CHOICE = re.compile(r"\{(\d+\.\.\d+|[^{}]*,[^{}]*)\}")
 _WILD = re.compile(r"[*?\[]")
 
 
 def is_pattern(name: str) -> bool:
     """Whether a file name stands for several."""
-    return _WILD.search(name) is not None or any(_alternatives(found[1]) for found in _BRACES.finditer(name))
+    return _WILD.search(name) is not None or _CHOICE.search(name) is not None
 
 
 def expand_braces(pattern: str) -> list[str]:

@@ -80,7 +80,7 @@ class _Saved:
     def splits(self) -> list[tuple[Table, Labels] | None]:
         """Its training and its test rows."""
         column = None if self._splits is None else partial(self._splits.take, self._rows)
-        rows = split_rows(self._config, column, [], [len(self._rows)])
+        rows = split_rows(self._config, column, [_STATE], [len(self._rows)])
         return [None if part is None else self.table.part(self._rows[part], self._labels) for part in rows]
 
     def fingerprint(self) -> bytes:

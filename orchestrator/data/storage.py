@@ -221,9 +221,9 @@ def find(key: str, address: str) -> Place:
         chosen = {file: listing[file] for file in select(name, listing)}
     except OSError as error:
         raise ConfigError(f"{key} = {address}: cannot be listed: {error}") from error
-    except ConfigError:
+    except ConfigError as error:
         if parent is not None and is_pattern(parent):
-            raise ConfigError(f"{key} = {address}: only the last part of an address may be a pattern") from None
+            raise ConfigError(f"{error}; only the last part of an address may be a pattern") from None
         raise
     except ValueError as error:
         raise ConfigError(f"{key} = {address}: {error}") from error
@@ -251,7 +251,8 @@ def locate(key: str, address: str) -> tuple[Folder, str | None]:
     """The folder that `address` (a path or URL) names and None; or, if it names a file, its folder and its name.
 
     Services get their credentials as their own tools do: from the environment (`AWS_ACCESS_KEY_ID`, `HF_TOKEN`, ...) or
-    files such as `~/.aws/credentials`. S3 of another provider is `AWS_ENDPOINT_URL=http://host:port`, or in the address
+    files such as `~/.aws/credentials`; for fsspec's file systems also `FSSPEC_SFTP_PASSWORD` and its like. S3 of
+    another provider is `AWS_ENDPOINT_URL=http://host:port`, or the address
     `s3://bucket/folder?endpoint_override=http://host:port&region=...`.
 
     Raises:
@@ -342,8 +343,8 @@ def _connect(url: str) -> tuple[pafs.FileSystem, str]:
     known: Iterable[str] = fsspec.available_protocols()
     if scheme not in known:
         names = sorted({*_NATIVE, "file", *known})
-        near = difflib.get_close_matches(scheme, names, n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        near = difflib.get_close_matches(scheme, names, n=1)
+        hint = f"; did you mean {near[0]}://?" if near else ""
         raise ValueError(f"no such scheme as {scheme}://; there are {', '.join(names)}{hint}")
     with os_errors():
         filesystem, path = fsspec.core.url_to_fs(url)

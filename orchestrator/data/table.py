@@ -9,8 +9,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,6 +63,13 @@ class Format(NamedTuple):
     """Some columns, all rows."""
     group: Callable[[File, int, str, str | None], pa.Array]
     """One column (or a field of it) of one row group or batch."""
+
+
+@lru_cache(maxsize=256)
+def kept_open(file: File) -> Any:
+    """A file of a service, a pyarrow NativeFile: opening it costs a request. Threads may share it, by `read_at` alone,
+    as Parquet and Arrow do; whoever seeks, does so before it is shared."""
+    return file.folder.open(file.name)
 
 
 class GroupCache:

@@ -8,14 +8,16 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 import pickle
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import boto3
 import fsspec
@@ -27,11 +29,24 @@ from PIL import Image
 
 from dino_core.config import ConfigError
 from orchestrator.config import DataConfig
+from orchestrator.data import table
 from orchestrator.data.images import BadImage, load_image
 from orchestrator.data.sources import Source, open_source
 from orchestrator.data.storage import RemoteFolder, _connect, find, locate
 
 ROOT = Path(__file__).parents[2]
+
+
+@contextmanager
+def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """A server in this process; its address."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 def png(value: int) -> bytes:
@@ -160,15 +175,13 @@ def test_what_is_not_there(store: Store) -> None:
     for path in ("s3://bucket/none", "s3://nobody/images", "s3://nobody/*.png"):
         with pytest.raises(ConfigError, match=r"data.source = s3://(bucket|nobody).*no such file or folder"):
             open_source(DataConfig(source=path + store.options))
-    with pytest.raises(ConfigError, match="data.source = s3://bucket/x: cannot be opened: .*nonsense"):
+    with pytest.raises(ConfigError, match=r"data.source = s3://bucket/x: cannot be opened: .*nonsense"):
         open_source(DataConfig(source="s3://bucket/x?nonsense=1"))
-    with pytest.raises(ConfigError, match=r"no such scheme as s4://.*did you mean s3://\?"):
-        open_source(DataConfig(source="s4://bucket/x"))
-    with pytest.raises(ConfigError, match="data.source = s3://bucket/x: cannot be opened: .*NETWORK_CONNECTION"):
-        open_source(DataConfig(source="s3://bucket/x?endpoint_override=http://127.0.0.1:9&region=us-east-1"))
+    with pytest.raises(ConfigError, match=r"no such scheme as s33://.*did you mean s3://\?"):
+        open_source(DataConfig(source="s33://bucket/x"))
 
 
-def test_what_cannot_be_read_later_is_an_os_error(store: Store) -> None:
+def test_what_cannot_be_read_later_is_an_os_error(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     store.put(**{"set/1.png": png(1), "set/2.png": png(2), "table.parquet": parquet(0, 8)})
     images, rows = store.open("set"), store.open("table.parquet")
     assert reds(rows)[:4] == [0, 1, 2, 3]
@@ -179,13 +192,35 @@ def test_what_cannot_be_read_later_is_an_os_error(store: Store) -> None:
     with pytest.raises(BadImage, match="cannot be read"):
         load_image(images.train, 1, 100)
     fresh = pickle.loads(pickle.dumps(rows))  # noqa: S301 - as another process would get it
-    from orchestrator.data import parquet as reader
-    from orchestrator.data import table
-
-    reader._kept_open.cache_clear()
-    table._cache = table.GroupCache()
+    table.kept_open.cache_clear()
+    monkeypatch.setattr(table, "_cache", table.GroupCache())
     with pytest.raises(OSError, match=r"s3://bucket/table.parquet, row group 1: "):
         fresh.train.read(4)
+
+
+class _Forbidden(BaseHTTPRequestHandler):
+    """A service that does not know these credentials."""
+
+    def do_GET(self) -> None:
+        self.send_response(403)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.mark.usefixtures("store")
+def test_credentials_that_do_not_suffice() -> None:
+    with serving(_Forbidden) as address:
+        source = f"s3://bucket/x?endpoint_override={address}&region=us-east-1"
+        with pytest.raises(
+            ConfigError, match=r"data.source = s3://bucket/x: cannot be opened: .*ACCESS_DENIED"
+        ) as caught:
+            open_source(DataConfig(source=source))
+    assert "very-secret" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -216,7 +251,7 @@ def test_a_file_system_of_fsspec(memory: Any) -> None:
     assert len(source.digest()) == 32
     assert reds(open_source(DataConfig(source="memory://set/cat/*.png"))) == [1]
     assert reds(open_source(DataConfig(source="memory://tables/x.parquet"))) == [3, 4, 5, 6, 7, 8]
-    with pytest.raises(ConfigError, match="data.source = memory://nothing: no such file or folder"):
+    with pytest.raises(ConfigError, match=r"data.source = memory://nothing: no such file or folder"):
         open_source(DataConfig(source="memory://nothing"))
 
 
@@ -272,7 +307,7 @@ def test_a_remote_folder_names_lists_and_measures(store: Store) -> None:
 class _Hub(BaseHTTPRequestHandler):
     """The few calls by which huggingface_hub lists and reads the data set `someone/digits`."""
 
-    files: dict[str, bytes] = {}
+    files: ClassVar[dict[str, bytes]] = {}
 
     def _entry(self, name: str) -> dict[str, object]:
         return {"type": "file", "path": name, "size": len(self.files[name]), "oid": "0" * 40}
@@ -288,7 +323,7 @@ class _Hub(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
 
-    def do_GET(self) -> None:  # noqa: N802
+    def do_GET(self) -> None:
         path = self.path.partition("?")[0]
         if "/tree/" in path:
             below = path.partition("/tree/main")[2].strip("/")
@@ -308,7 +343,7 @@ class _Hub(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET  # noqa: N815
 
-    def do_POST(self) -> None:  # noqa: N802
+    def do_POST(self) -> None:
         asked = self.rfile.read(int(self.headers["Content-Length"])).decode()
         paths = json.loads(asked)["paths"] if asked.startswith("{") else []
         known = [self._entry(path) for path in paths if path in self.files]
@@ -321,10 +356,9 @@ class _Hub(BaseHTTPRequestHandler):
 
 def test_a_data_set_of_the_hub(tmp_path: Path) -> None:
     _Hub.files = {f"data/train-0000{part}-of-00002.parquet": parquet(10 * part, 6) for part in range(2)}
-    hub = ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
-    threading.Thread(target=hub.serve_forever, daemon=True).start()
     code = """
 from orchestrator.config import DataConfig
+from orchestrator.data import table
 from orchestrator.data.images import load_image
 from orchestrator.data.sources import open_source
 for path in ("data", "data/train-00001-of-00002.parquet", "data/*.parquet"):
@@ -332,17 +366,9 @@ for path in ("data", "data/train-00001-of-00002.parquet", "data/*.parquet"):
     print([int(load_image(source.train, index, 100)[0, 0, 0]) for index in range(len(source.train))])
 print(source.describe())
 """
-    environment = {
-        "PATH": "/usr/bin",
-        "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
-        "HF_HOME": str(tmp_path),
-        "HF_HUB_DISABLE_XET": "1",
-    }  # huggingface_hub reads it when it is imported: therefore another process
-    try:
+    with serving(_Hub) as address:  # in another process, for huggingface_hub reads HF_ENDPOINT when it is imported
+        environment = os.environ | {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1"}
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT)
-    finally:
-        hub.shutdown()
-        hub.server_close()
     assert done.returncode == 0, done.stderr
     second = list(range(10, 16))
     assert done.stdout.splitlines() == [
