@@ -2,7 +2,8 @@
 inside functions only.
 
 Local files are mapped, so that what is not compressed is read without a copy. A stream has no table of contents, so one
-that a service holds would have to be fetched whole to know what is in it: these are refused.
+that a service holds would have to be fetched whole to know what is in it: these are refused. Of one
+with a footer, a batch takes several requests, where a row group of Parquet takes one.
 """
 
 from __future__ import annotations

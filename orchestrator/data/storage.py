@@ -131,14 +131,21 @@ class LocalFolder:
 
 @dataclass(frozen=True)
 class RemoteFolder:
-    """A folder of a storage service; see `locate`."""
+    """A folder of a storage service: `inner`, a path as its files have it, below `url`."""
 
     url: str
-    """The address that was given: it says which service, and how to reach it."""
-    path: str
-    """This folder, as the service's file system calls it."""
-    address: str
-    """This folder, for people and for records: without the query."""
+    """With the options that say how to reach the service; special characters encoded where the service wants it."""
+    inner: str = ""
+
+    @property
+    def address(self) -> str:
+        """The URL without password and query."""
+        plain = _split_query(self.url)[0]
+        scheme, _, rest = plain.partition("://")
+        authority, slash, path = rest.partition("/")
+        user, at, host = authority.rpartition("@")
+        shown = f"{scheme}://{host if ':' in user else user + at + host}{slash}{path}"
+        return self._join(shown.removesuffix("/") if path else shown, self.inner)
 
     def files(self) -> list[str]:
         """See `Folder`. One request per thousand files or so."""
@@ -148,11 +155,11 @@ class RemoteFolder:
         """See `Folder`. Tells sizes and ages without further requests."""
         import pyarrow.fs as pafs
 
-        selector = pafs.FileSelector(self.path or "/", recursive=recursive)
-        start = len(self.path) + 1
+        filesystem, path = self._connect()
+        start = len(path) + 1
         found = {
             info.path[start:]: FileStat(info.size or 0, info.mtime_ns or 0)
-            for info in _connect(self.url)[0].get_file_info(selector)
+            for info in filesystem.get_file_info(pafs.FileSelector(path or "/", recursive=recursive))
             if info.type == pafs.FileType.File
         }
         shown = (name for name in found if not any(part.startswith(".") for part in name.split("/")))
@@ -162,14 +169,16 @@ class RemoteFolder:
         """See `Folder`."""
         import pyarrow.fs as pafs
 
-        info = _connect(self.url)[0].get_file_info(f"{self.path}/{name}")
+        filesystem, path = self._connect()
+        info = filesystem.get_file_info(f"{path}/{name}")
         if info.type != pafs.FileType.File:
             raise FileNotFoundError(f"{self.address}/{name}: no such file")
         return FileStat(info.size or 0, info.mtime_ns or 0)
 
     def open(self, name: str) -> IO[bytes]:
         """See `Folder`."""
-        file: Any = _connect(self.url)[0].open_input_file(f"{self.path}/{name}")
+        filesystem, path = self._connect()
+        file: Any = filesystem.open_input_file(f"{path}/{name}")
         return file  # a binary file in all but its declared type
 
     def read(self, name: str) -> bytes:
@@ -179,7 +188,16 @@ class RemoteFolder:
 
     def below(self, name: str) -> RemoteFolder:
         """See `Folder`."""
-        return RemoteFolder(self.url, f"{self.path}/{name}", f"{self.address}/{name}")
+        return RemoteFolder(self.url, self._join(self.inner, name))
+
+    def _connect(self) -> tuple[pafs.FileSystem, str]:
+        """The service, and what it calls this folder."""
+        filesystem, path = _connect(self.url)
+        return filesystem, f"{path}/{self.inner}" if self.inner else path
+
+    @staticmethod
+    def _join(folder: str, name: str) -> str:
+        return f"{folder}/{name}" if folder and name else folder or name
 
 
 class Place(NamedTuple):
@@ -207,7 +225,7 @@ def find(key: str, address: str) -> Place:
     """
     parent, name, query = _last_part(address)
     try:
-        matching = parent is not None and is_pattern(name)
+        matching = is_pattern(name)
         if matching and not is_url(address) and os.path.lexists(os.path.expanduser(address)):
             matching = False  # a file of that very name
         folder, file = locate(key, f"{parent}{query}" if matching else address)
@@ -222,7 +240,7 @@ def find(key: str, address: str) -> Place:
     except OSError as error:
         raise ConfigError(f"{key} = {address}: cannot be listed: {error}") from error
     except ConfigError as error:
-        if parent is not None and is_pattern(parent):
+        if is_pattern(parent):
             raise ConfigError(f"{error}; only the last part of an address may be a pattern") from None
         raise
     except ValueError as error:
@@ -230,15 +248,15 @@ def find(key: str, address: str) -> Place:
     return Place(folder, chosen, f"{folder.address}/{name}", False)
 
 
-def _last_part(address: str) -> tuple[str | None, str, str]:
-    """The folder of an address (None if it has none), its last part, and its query with the question mark."""
+def _last_part(address: str) -> tuple[str, str, str]:
+    """The folder of an address, its last part, and its query with the question mark."""
     if not is_url(address):
         parent, name = os.path.split(address)
         return parent or ".", name, ""
     plain, query = _split_query(address)
     start = plain.index("://") + 3
-    parent, slash, name = plain[start:].rpartition("/")
-    return (plain[:start] + parent if slash else None), name, query
+    parent, _, name = plain[start:].rpartition("/")
+    return plain[:start] + parent, name, query
 
 
 def _split_query(url: str) -> tuple[str, str]:
@@ -264,7 +282,7 @@ def locate(key: str, address: str) -> tuple[Folder, str | None]:
         return _locate_local(key, address, scheme is not None)
     plain, query = _split_query(address)
     _refuse_secrets(key, plain, query)
-    shown = plain.rstrip("/")
+    shown = plain.removesuffix("/")
     try:
         filesystem, path = _connect(address)
         kind = filesystem.get_file_info(path or "/").type.name
@@ -273,10 +291,10 @@ def locate(key: str, address: str) -> tuple[Folder, str | None]:
     except (OSError, ValueError) as error:
         raise ConfigError(f"{key} = {shown}: cannot be opened: {str(error).partition(chr(10))[0]}") from error
     if kind == "Directory":
-        return RemoteFolder(address, path, shown), None
+        return RemoteFolder(address), None
     if kind == "File":
-        parent, _, name = path.rpartition("/")
-        return RemoteFolder(address, parent, shown.rpartition("/")[0]), name
+        parent, _, _ = _last_part(address)
+        return RemoteFolder(f"{parent}{query}"), path.rpartition("/")[2]
     raise ConfigError(f"{key} = {shown}: no such file or folder, or it may not be seen with these credentials")
 
 
