@@ -50,15 +50,23 @@ class Files:
     def read(self, index: int) -> bytes | NDArray[np.uint8]:
         return self._folder.read(self.name(index))
 
-    def size(self, index: int) -> int:
-        """Bytes of a file; 0 if it has gone."""
-        try:
-            return self._folder.stat(self.name(index)).size
-        except FileNotFoundError:
-            return 0
-
     def units(self) -> None:
         return None
+
+    def fingerprint(self, sizes: Sequence[int] | None = None) -> bytes:
+        """A hash of the names and sizes, which are looked up if not given. A file that has gone counts as empty."""
+        digest = hashlib.sha256()
+        for index in range(len(self)):
+            name = self.name(index)
+            size = self._size(name) if sizes is None else sizes[index]
+            digest.update(b"%s\0%d\n" % (os.fsencode(name), size))
+        return digest.digest()
+
+    def _size(self, name: str) -> int:
+        try:
+            return self._folder.stat(name).size
+        except FileNotFoundError:
+            return 0
 
 
 def open_folder(config: DataConfig, place: Place) -> Source:
@@ -118,15 +126,6 @@ class _Part(NamedTuple):
         labels = [str(label) for label in classes] if labelled else None
         return cls(reader, labels, sizes if len(sizes) == len(stats) else None)
 
-    def fingerprint(self) -> bytes:
-        """A hash of the names and sizes. A file that has gone by now counts as empty."""
-        digest = hashlib.sha256()
-        for index in range(len(self.reader)):
-            name = self.reader.name(index)
-            size = self.reader.size(index) if self.sizes is None else self.sizes[index]
-            digest.update(b"%s\0%d\n" % (os.fsencode(name), size))
-        return digest.digest()
-
 
 def _digest(parts: Sequence[_Part]) -> str:
-    return hashlib.sha256(b"".join(part.fingerprint() for part in parts)).hexdigest()[:DIGEST_LENGTH]
+    return hashlib.sha256(b"".join(part.reader.fingerprint(part.sizes) for part in parts)).hexdigest()[:DIGEST_LENGTH]
