@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from dino_core.config import ConfigError
 from orchestrator.config import DataConfig
 from orchestrator.data.split import DIGEST_LENGTH, Labels, Source, build_source, choose_splits
-from orchestrator.data.storage import Folder
+from orchestrator.data.storage import Folder, Place
 
 IMAGE_SUFFIXES = frozenset(
     f".{suffix}"
@@ -52,20 +53,24 @@ class Files:
     def units(self) -> None:
         return None
 
-    def fingerprint(self) -> bytes:
-        """A hash of the names and sizes. A file that has gone by now counts as empty."""
+    def fingerprint(self, sizes: Sequence[int] | None = None) -> bytes:
+        """A hash of the names and sizes, which are looked up if not given. A file that has gone counts as empty."""
         digest = hashlib.sha256()
         for index in range(len(self)):
-            try:
-                size = self._folder.stat(self.name(index)).size
-            except FileNotFoundError:
-                size = 0
-            digest.update(b"%s\0%d\n" % (os.fsencode(self.name(index)), size))
+            name = self.name(index)
+            size = self._size(name) if sizes is None else sizes[index]
+            digest.update(b"%s\0%d\n" % (os.fsencode(name), size))
         return digest.digest()
 
+    def _size(self, name: str) -> int:
+        try:
+            return self._folder.stat(name).size
+        except FileNotFoundError:
+            return 0
 
-def open_folder(config: DataConfig, folder: Folder, images: Sequence[str]) -> Source:
-    """The source of the `images` (not empty, of `folder`).
+
+def open_folder(config: DataConfig, place: Place) -> Source:
+    """The source of the files of `place` (not empty), all of them images.
 
     Sub-folders are splits if one has the name of `data.train_split` and the others are splits by their names too (or
     `data.train_split` is not the default, so that it was meant). Within a split, sub-folders are classes if every image
@@ -74,10 +79,10 @@ def open_folder(config: DataConfig, folder: Folder, images: Sequence[str]) -> So
     Raises:
         ConfigError: A split that is not there, or images beside the splits.
     """
-    tops = {name.split("/", 1)[0] for name in images if "/" in name}
-    loose = [name for name in images if "/" not in name]
-    if not _are_splits(config, tops, bool(loose)):
-        parts: list[tuple[Files, Labels] | None] = [_part(folder, images), None]
+    tops = {name.split("/", 1)[0] for name in place.files if "/" in name}
+    loose = next((name for name in place.files if "/" not in name), None)
+    if not _are_splits(config, tops, loose is not None):
+        parts = [_Part.of(place, None)]
     else:
         if not tops:
             raise ConfigError(
@@ -86,12 +91,13 @@ def open_folder(config: DataConfig, folder: Folder, images: Sequence[str]) -> So
                 f"{DataConfig.train_split} data.test_split={DataConfig.test_split}"
             )
         splits = choose_splits(config, tops, "sub-folder with images")
-        if loose:
+        if loose is not None:
             raise ConfigError(
-                f"data.source = {config.source}: {loose[0]} lies beside the split folders; move it into one or away"
+                f"data.source = {config.source}: {loose} lies beside the split folders; move it into one or away"
             )
-        parts = [None if split is None else _part(folder.below(split), _below(split, images)) for split in splits]
-    return build_source("folder", folder.address, parts, partial(_digest, [part[0] for part in parts if part]))
+        parts = [_Part.of(place, split) for split in splits if split is not None]
+    labelled = [(part.reader, part.labels) for part in parts]
+    return build_source("folder", place.address, [*labelled, None][:2], partial(_digest, parts))
 
 
 def _are_splits(config: DataConfig, tops: set[str], loose: bool) -> bool:
@@ -100,22 +106,26 @@ def _are_splits(config: DataConfig, tops: set[str], loose: bool) -> bool:
     return bool(tops) and tops <= _SPLIT_NAMES and (config.train_split in tops or not loose)
 
 
-def _below(split: str, names: Sequence[str]) -> list[str]:
-    return [name[len(split) + 1 :] for name in names if name.startswith(f"{split}/")]
+class _Part(NamedTuple):
+    """The files of one split."""
+
+    reader: Files
+    labels: Labels
+    sizes: Sequence[int] | None
+    """Bytes of each, if the listing told."""
+
+    @classmethod
+    def of(cls, place: Place, split: str | None) -> _Part:
+        """Those in the sub-folder `split`, or all."""
+        prefix = f"{split}/" if split else ""
+        stats = {name[len(prefix) :]: stat for name, stat in place.files.items() if name.startswith(prefix)}
+        classes = [name.split("/", 1)[0] if "/" in name else None for name in stats]
+        labelled = None not in classes and len(set(classes)) > 1
+        reader = Files(place.folder.below(split) if split else place.folder, list(stats))
+        sizes = [stat.size for stat in stats.values() if stat is not None]
+        labels = [str(label) for label in classes] if labelled else None
+        return cls(reader, labels, sizes if len(sizes) == len(stats) else None)
 
 
-def _part(folder: Folder, names: Sequence[str]) -> tuple[Files, Labels]:
-    classes = [name.split("/", 1)[0] if "/" in name else None for name in names]
-    labelled = None not in classes and len(set(classes)) > 1
-    return Files(folder, names), [str(label) for label in classes] if labelled else None
-
-
-def _digest(files: Sequence[Files]) -> str:
-    return hashlib.sha256(b"".join(part.fingerprint() for part in files)).hexdigest()[:DIGEST_LENGTH]
-
-
-def check_some_images(source: str, images: Sequence[str]) -> None:
-    """Raise ConfigError if there are none."""
-    if not images:
-        known = " ".join(sorted(IMAGE_SUFFIXES))
-        raise ConfigError(f"data.source = {source}: no images in this folder or below; looked for {known} and .parquet")
+def _digest(parts: Sequence[_Part]) -> str:
+    return hashlib.sha256(b"".join(part.reader.fingerprint(part.sizes) for part in parts)).hexdigest()[:DIGEST_LENGTH]

@@ -1,7 +1,8 @@
-"""Where the images come from: an embedded set, a folder of files, or Parquet. Imports neither torch nor ray.
+"""Where the images come from: an embedded set, one of torchvision's, or files at a path or URL. Imports neither torch
+nor ray.
 
-`open_source` looks at names, sizes and Parquet footers only; images are read one at a time, in whatever process asks. A
-`Split` pickles as a few numpy arrays, which Ray shares between the processes of a machine.
+`open_source` looks at names, sizes, footers and columns of labels only; images are read one at a time, in whatever
+process asks. A `Split` pickles as a few numpy arrays, which Ray shares between the processes of a machine.
 """
 
 from __future__ import annotations
@@ -19,14 +20,26 @@ from numpy.typing import NDArray
 from dino_core.config import ConfigError
 from dino_core.counter_rng import absorb, root
 from orchestrator.config import DataConfig
-from orchestrator.data.folder import IMAGE_SUFFIXES, check_some_images, open_folder
+from orchestrator.data.arrow import open_arrow
+from orchestrator.data.folder import IMAGE_SUFFIXES, open_folder
 from orchestrator.data.parquet import open_parquet
+from orchestrator.data.patterns import is_pattern
+from orchestrator.data.saved_dataset import is_saved, open_saved
 from orchestrator.data.split import DIGEST_LENGTH, build_source, choose_splits
 from orchestrator.data.split import Source as Source
 from orchestrator.data.split import Split as Split
-from orchestrator.data.storage import LocalFolder
+from orchestrator.data.storage import Listing, Place, find, is_url
 
 DIGITS = "digits"
+TORCHVISION = "torchvision:"
+
+_KINDS = dict.fromkeys(IMAGE_SUFFIXES, "image") | {
+    ".parquet": "Parquet",
+    **dict.fromkeys((".arrow", ".feather", ".ipc"), "Arrow"),
+    ".tar": "tar",
+    **dict.fromkeys((".txt", ".csv", ".tsv"), "list"),
+}
+"""What files are, by their suffix. A list of files counts only where it is named itself."""
 
 
 def open_source(config: DataConfig) -> Source:
@@ -37,43 +50,82 @@ def open_source(config: DataConfig) -> Source:
     """
     if config.source == DIGITS:
         return _open_digits(config)
-    path = Path(config.source).expanduser()
-    if not path.exists():
-        raise ConfigError(f"data.source = {config.source}: {_missing(path)}")
-    path = path.absolute()  # whatever the working directory of the process that will read
-    if path.is_file():
-        if path.suffix.lower() != ".parquet":
-            raise ConfigError(f"data.source = {config.source}: a file must be .parquet; of images, name the folder")
-        return open_parquet(config, path.parent, [path.name])
-    folder = LocalFolder(os.fspath(path))
+    if config.source.startswith(TORCHVISION):
+        from orchestrator.data.torchvision_sets import open_torchvision
+
+        return open_torchvision(config)
+    return _open_files(config, _find(config.source))
+
+
+def absolute_source(source: str) -> str:
+    """The same `data.source`, whatever the working directory: a path from here, anything else as it is."""
+    if source == DIGITS or source.startswith(TORCHVISION) or is_url(source):
+        return source
+    path = os.path.expanduser(source)
+    parent, name = os.path.split(path)
+    if os.path.lexists(path) or not is_pattern(name):
+        return os.path.realpath(path) if os.path.exists(path) else source
+    return os.path.join(os.path.realpath(parent), name)
+
+
+def _find(source: str) -> Place:
     try:
-        names = folder.files()
-    except OSError as error:
-        raise ConfigError(f"data.source = {config.source}: cannot be listed: {error}") from error
-    images = [name for name in names if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES]
-    tables = [name for name in names if os.path.splitext(name)[1].lower() == ".parquet"]
-    if images and tables:
+        return find("data.source", source)
+    except ConfigError:
+        near = difflib.get_close_matches(source, [DIGITS], n=1)
+        if near and not os.path.exists(source):
+            message = (
+                f"no such file or folder; must be {DIGITS}, {TORCHVISION}NAME, or a path or URL; did you mean {DIGITS}?"
+            )
+            raise ConfigError(f"data.source = {source}: {message}") from None
+        raise
+
+
+def _open_files(config: DataConfig, place: Place) -> Source:
+    if place.is_file or not is_saved(place):
+        kind, place = _one_kind(config, place)
+    else:
+        kind = "saved"
+    if kind == "image":
+        return open_folder(config, place)
+    if kind == "Parquet":
+        return open_parquet(config, place)
+    if kind == "tar":
+        from orchestrator.data.webdataset import open_tars
+
+        return open_tars(config, place.folder, list(place.files))
+    if kind == "list":
+        from orchestrator.data.file_list import open_list
+
+        return open_list(config, place.folder, next(iter(place.files)))
+    return (open_arrow if kind == "Arrow" else open_saved)(config, place)
+
+
+def _one_kind(config: DataConfig, place: Place) -> tuple[str, Place]:
+    """What the files are, and those of them that are that.
+
+    Raises:
+        ConfigError: None can be read, or there are several kinds.
+    """
+    kinds: dict[str, Listing] = {}
+    for name, stat in place.files.items():
+        kind = _KINDS.get(os.path.splitext(name)[1].lower())
+        if kind is not None and (kind != "list" or place.is_file):
+            kinds.setdefault(kind, {})[name] = stat
+    if place.is_file and kinds.keys() <= {"image"}:
+        known = " ".join(sorted(suffix for suffix, kind in _KINDS.items() if kind != "image"))
+        raise ConfigError(f"data.source = {config.source}: a file must be one of {known}; of images, name the folder")
+    if not kinds:
+        known = " ".join(sorted(suffix for suffix, kind in _KINDS.items() if kind != "list"))
+        raise ConfigError(f"data.source = {config.source}: no images in this folder or below; looked for {known}")
+    if len(kinds) > 1:
+        found = [f"{kind} files ({next(iter(files))})" for kind, files in kinds.items()]
         raise ConfigError(
-            f"data.source = {config.source}: holds both image files ({images[0]}) and Parquet files ({tables[0]}); "
-            "name a folder with one kind"
+            f"data.source = {config.source}: holds {', '.join(found[:-1])} and {found[-1]}; name a folder with one "
+            "kind, or a pattern such as *.parquet"
         )
-    if tables:
-        return open_parquet(config, path, tables)
-    check_some_images(config.source, images)
-    return open_folder(config, folder, images)
-
-
-def _missing(path: Path) -> str:
-    if "://" in os.fspath(path) or ":/" in os.fspath(path):
-        return "addresses are not read; mount or copy the data and give its path"
-    parent = path.parent
-    while not parent.is_dir():
-        path, parent = parent, parent.parent
-    near = difflib.get_close_matches(path.name, [*os.listdir(parent), DIGITS], n=1)
-    hint = ""
-    if near:
-        hint = f"; did you mean {near[0] if near[0] == DIGITS else parent / near[0]}?"
-    return f"no such file or folder; must be {DIGITS}, a folder of images, or a Parquet file or folder{hint}"
+    ((kind, files),) = kinds.items()
+    return kind, place._replace(files=files)
 
 
 class _Digits:

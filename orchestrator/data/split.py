@@ -58,8 +58,9 @@ class Source:
     """Images to train on and, where there are some, images to test on."""
 
     kind: str
-    """`digits`, `folder` or `parquet`."""
+    """`digits`, `folder`, `parquet`, ...: how the images are stored."""
     location: str
+    """Where, for people; holds no password."""
     train: Split
     test: Split | None
     classes: tuple[str, ...]
@@ -72,8 +73,8 @@ class Source:
         return len(self.train)
 
     def digest(self) -> str:
-        """A fingerprint of the content, 32 characters: of the pixels (digits), of names and sizes (folder), or of the
-        footers and sizes (Parquet)."""
+        """A fingerprint of the content, 32 characters: of the pixels (digits), of names and sizes (folder), or of
+        names, sizes and what the files themselves say of the places and sizes of their parts (Parquet, Arrow)."""
         return self.compute_digest()
 
     def describe(self) -> str:
@@ -88,9 +89,17 @@ Labels = Sequence[str] | Sequence[int] | None
 
 
 def build_source(
-    kind: str, location: str, parts: Sequence[tuple[Reader, Labels] | None], compute_digest: Callable[[], str]
+    kind: str,
+    location: str,
+    parts: Sequence[tuple[Reader, Labels] | None],
+    compute_digest: Callable[[], str],
+    class_names: Sequence[str] = (),
 ) -> Source:
-    """A `Source` of readers and labels as they are stored (train, then test), the labels numbered over both."""
+    """A `Source` of readers and labels as they are stored (train, then test), the labels numbered over both.
+
+    `class_names` says what labels that are numbers stand for; those beyond it, and all without it, are called by the
+    number.
+    """
     found = [labels for part in parts if part is not None and (labels := part[1]) is not None]
     names = sorted({label for labels in found for label in labels})
     place = {name: index for index, name in enumerate(names)}
@@ -104,7 +113,8 @@ def build_source(
         splits.append(Split(reader, numbers))
     train, test = splits
     assert train is not None
-    return Source(kind, location, train, test, tuple(map(str, names)), compute_digest)
+    called = (class_names[name] if isinstance(name, int) and name < len(class_names) else str(name) for name in names)
+    return Source(kind, location, train, test, tuple(called), compute_digest)
 
 
 def choose_splits(config: DataConfig, available: Collection[str], what: str) -> tuple[str, str | None]:

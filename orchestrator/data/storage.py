@@ -14,14 +14,20 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, Protocol
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from dino_core.config import ConfigError
+from orchestrator.data.patterns import is_pattern, select
 
 if TYPE_CHECKING:
     import pyarrow.fs as pafs
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_QUERY = re.compile(r"\?(?=[A-Za-z_][\w.-]*=)")
+_SECRET = re.compile(
+    r"secret|passw|token|signature|\bsig\b|(access|account|api).?key|credential(?!_kind)", re.IGNORECASE
+)
+_SAFE = "/%:@!$&'()*+,;=[]"
 _NATIVE = ("s3", "gs", "gcs", "hdfs", "viewfs", "abfs", "abfss")
 """Schemes that pyarrow opens itself; all others are fsspec's."""
 
@@ -33,6 +39,10 @@ class FileStat(NamedTuple):
     """Bytes."""
     modified_ns: int
     """Time of the last change, nanoseconds; 0 where the storage does not say."""
+
+
+Listing = dict[str, FileStat | None]
+"""Files by name, sorted by the bytes of it. None where a listing does not tell, and a call for each file would."""
 
 
 class Folder(Protocol):
@@ -47,6 +57,9 @@ class Folder(Protocol):
 
         Raises OSError if it cannot be listed.
         """
+
+    def listing(self, recursive: bool = True) -> Listing:
+        """`files`, or those of this folder alone, with what the listing itself tells of them."""
 
     def stat(self, name: str) -> FileStat:
         """Size and age of a file. Raises FileNotFoundError if it is not there."""
@@ -73,6 +86,10 @@ class LocalFolder:
         return self.root
 
     def files(self) -> list[str]:
+        """See `Folder`."""
+        return list(self.listing())
+
+    def listing(self, recursive: bool = True) -> Listing:
         """Links are followed, except one that leads back to a folder above it."""
         names: list[str] = []
 
@@ -85,13 +102,13 @@ class LocalFolder:
                 for entry in entries:
                     if entry.name.startswith("."):
                         continue
-                    if entry.is_dir():
-                        visit(entry.path, f"{prefix}{entry.name}/", above | {here})
-                    else:
+                    if not entry.is_dir():
                         names.append(prefix + entry.name)
+                    elif recursive:
+                        visit(entry.path, f"{prefix}{entry.name}/", above | {here})
 
         visit(self.root, "", frozenset())
-        return sorted(names, key=os.fsencode)
+        return dict.fromkeys(sorted(names, key=os.fsencode))
 
     def stat(self, name: str) -> FileStat:
         """See `Folder`."""
@@ -114,41 +131,55 @@ class LocalFolder:
 
 @dataclass(frozen=True)
 class RemoteFolder:
-    """A folder of a storage service. `url` may carry a password, which `address` leaves out."""
+    """A folder of a storage service: `inner`, a path as its files have it, below `url`."""
 
     url: str
+    """With the options that say how to reach the service; special characters encoded where the service wants it."""
+    inner: str = ""
 
     @property
     def address(self) -> str:
-        """The URL without user, password, query and fragment."""
-        parts = urlsplit(self.url)
-        return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+        """The URL without password and query."""
+        plain = _split_query(self.url)[0]
+        scheme, _, rest = plain.partition("://")
+        authority, slash, path = rest.partition("/")
+        user, at, host = authority.rpartition("@")
+        shown = f"{scheme}://{host if ':' in user else user + at + host}{slash}{path}"
+        return self._join(shown.removesuffix("/") if path else shown, self.inner)
 
     def files(self) -> list[str]:
-        """See `Folder`. Asks the service for the whole listing at once."""
+        """See `Folder`. One request per thousand files or so."""
+        return list(self.listing())
+
+    def listing(self, recursive: bool = True) -> Listing:
+        """See `Folder`. Tells sizes and ages without further requests."""
         import pyarrow.fs as pafs
 
-        filesystem, root = _connect(self.url)
-        found = filesystem.get_file_info(pafs.FileSelector(root, recursive=True))
-        start = len(root.rstrip("/")) + 1
-        names = (info.path[start:] for info in found if info.type == pafs.FileType.File)
-        return sorted((n for n in names if not any(p.startswith(".") for p in n.split("/"))), key=os.fsencode)
+        filesystem, path = self._connect()
+        start = len(path) + 1
+        found = {
+            info.path[start:]: FileStat(info.size or 0, info.mtime_ns or 0)
+            for info in filesystem.get_file_info(pafs.FileSelector(path or "/", recursive=recursive))
+            if info.type == pafs.FileType.File
+        }
+        shown = (name for name in found if not any(part.startswith(".") for part in name.split("/")))
+        return {name: found[name] for name in sorted(shown, key=os.fsencode)}
 
     def stat(self, name: str) -> FileStat:
         """See `Folder`."""
         import pyarrow.fs as pafs
 
-        filesystem, path = self._path(name)
-        info = filesystem.get_file_info(path)
+        filesystem, path = self._connect()
+        info = filesystem.get_file_info(f"{path}/{name}")
         if info.type != pafs.FileType.File:
             raise FileNotFoundError(f"{self.address}/{name}: no such file")
-        return FileStat(info.size, info.mtime_ns or 0)
+        return FileStat(info.size or 0, info.mtime_ns or 0)
 
     def open(self, name: str) -> IO[bytes]:
         """See `Folder`."""
-        filesystem, path = self._path(name)
-        file: Any = filesystem.open_input_file(path)  # pyarrow's file: a binary file in all but its declared type
-        return file
+        filesystem, path = self._connect()
+        file: Any = filesystem.open_input_file(f"{path}/{name}")
+        return file  # a binary file in all but its declared type
 
     def read(self, name: str) -> bytes:
         """See `Folder`."""
@@ -157,12 +188,28 @@ class RemoteFolder:
 
     def below(self, name: str) -> RemoteFolder:
         """See `Folder`."""
-        parts = urlsplit(self.url)
-        return RemoteFolder(parts._replace(path=f"{parts.path.rstrip('/')}/{name}").geturl())
+        return RemoteFolder(self.url, self._join(self.inner, name))
 
-    def _path(self, name: str) -> tuple[pafs.FileSystem, str]:
-        filesystem, root = _connect(self.url)
-        return filesystem, f"{root.rstrip('/')}/{name}"
+    def _connect(self) -> tuple[pafs.FileSystem, str]:
+        """The service, and what it calls this folder."""
+        filesystem, path = _connect(self.url)
+        return filesystem, f"{path}/{self.inner}" if self.inner else path
+
+    @staticmethod
+    def _join(folder: str, name: str) -> str:
+        return f"{folder}/{name}" if folder and name else folder or name
+
+
+class Place(NamedTuple):
+    """What an address names: a file, the files of a folder, or those that match a pattern."""
+
+    folder: Folder
+    files: Listing
+    """Not empty, unless a folder is."""
+    address: str
+    """As given, absolute and without the query."""
+    is_file: bool
+    """It is one file, named as such."""
 
 
 def is_url(address: str) -> bool:
@@ -170,34 +217,102 @@ def is_url(address: str) -> bool:
     return _SCHEME.match(address) is not None
 
 
+def find(key: str, address: str) -> Place:
+    """The files that `address` names: a path or URL, whose last part may be a pattern (see `patterns`).
+
+    Raises:
+        ConfigError: As `locate` does; a folder that cannot be listed; or a pattern that matches nothing. Names `key`.
+    """
+    parent, name, query = _last_part(address)
+    try:
+        matching = is_pattern(name)
+        if matching and not is_url(address) and os.path.lexists(os.path.expanduser(address)):
+            matching = False  # a file of that very name
+        folder, file = locate(key, f"{parent}{query}" if matching else address)
+        if file is not None and not matching:
+            return Place(folder, {file: None}, f"{folder.address}/{file}", True)
+        if file is not None:
+            raise ConfigError(f"{key} = {address}: {parent} is a file, not a folder")
+        listing = folder.listing(recursive=not matching)
+        if not matching:
+            return Place(folder, listing, folder.address, False)
+        chosen = {file: listing[file] for file in select(name, listing)}
+    except OSError as error:
+        raise ConfigError(f"{key} = {address}: cannot be listed: {error}") from error
+    except ConfigError as error:
+        if is_pattern(parent):
+            raise ConfigError(f"{error}; only the last part of an address may be a pattern") from None
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{key} = {address}: {error}") from error
+    return Place(folder, chosen, f"{folder.address}/{name}", False)
+
+
+def _last_part(address: str) -> tuple[str, str, str]:
+    """The folder of an address, its last part, and its query with the question mark."""
+    if not is_url(address):
+        parent, name = os.path.split(address)
+        return parent or ".", name, ""
+    plain, query = _split_query(address)
+    start = plain.index("://") + 3
+    parent, _, name = plain[start:].rpartition("/")
+    return plain[:start] + parent, name, query
+
+
+def _split_query(url: str) -> tuple[str, str]:
+    """A URL and its query. A question mark that no option follows belongs to the name."""
+    found = _QUERY.search(url)
+    return (url[: found.start()], url[found.start() :]) if found else (url, "")
+
+
 def locate(key: str, address: str) -> tuple[Folder, str | None]:
     """The folder that `address` (a path or URL) names and None; or, if it names a file, its folder and its name.
 
+    Services get their credentials as their own tools do: from the environment (`AWS_ACCESS_KEY_ID`, `HF_TOKEN`, ...) or
+    files such as `~/.aws/credentials`; for fsspec's file systems also `FSSPEC_SFTP_PASSWORD` and its like. S3 of
+    another provider is `AWS_ENDPOINT_URL=http://host:port`, or the address
+    `s3://bucket/folder?endpoint_override=http://host:port&region=...`.
+
     Raises:
-        ConfigError: Nothing there, no such scheme, a package that is missing, or a service that does not answer.
-            Names `key`.
+        ConfigError: Nothing there, no such scheme, a package that is missing, a password in the address (a run records
+            it for all to read), or a service that does not answer. Names `key`.
     """
     scheme = _SCHEME.match(address)
     if scheme is None or scheme[1] == "file":
-        path = Path(unquote(urlsplit(address).path) if scheme else address).expanduser()
+        return _locate_local(key, address, scheme is not None)
+    plain, query = _split_query(address)
+    _refuse_secrets(key, plain, query)
+    shown = plain.removesuffix("/")
+    try:
+        filesystem, path = _connect(address)
+        kind = filesystem.get_file_info(path or "/").type.name
+    except ImportError as error:
+        raise ConfigError(f"{key} = {shown}: needs a package that is not installed: {error}") from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{key} = {shown}: cannot be opened: {str(error).partition(chr(10))[0]}") from error
+    if kind == "Directory":
+        return RemoteFolder(address), None
+    if kind == "File":
+        parent, _, _ = _last_part(address)
+        return RemoteFolder(f"{parent}{query}"), path.rpartition("/")[2]
+    raise ConfigError(f"{key} = {shown}: no such file or folder, or it may not be seen with these credentials")
+
+
+def _locate_local(key: str, address: str, is_file_url: bool) -> tuple[LocalFolder, str | None]:
+    if is_file_url:
+        parts = urlsplit(address)
+        if parts.netloc not in ("", "localhost"):
+            raise ConfigError(f"{key} = {address}: after file:// comes an absolute path, so file:///...")
+        path = Path(unquote(parts.path))
+    else:
+        path = Path(address).expanduser()
+    try:
         if not path.exists():
             raise ConfigError(f"{key} = {address}: no such file or folder{_nearest(path)}")
-        path = path.absolute()  # whatever the working directory of the process that will read
-        return (LocalFolder(os.fspath(path.parent)), path.name) if path.is_file() else (LocalFolder(str(path)), None)
-    folder = RemoteFolder(address)
-    try:
-        kind = _kind(address)
-    except ImportError as error:
-        raise ConfigError(f"{key} = {folder.address}: needs a package that is not installed: {error}") from error
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{key} = {folder.address}: cannot be opened: {_without(address, error)}") from error
-    if kind == "folder":
-        return folder, None
-    if kind == "file":
-        parts = urlsplit(address)
-        parent, _, name = parts.path.rpartition("/")
-        return RemoteFolder(parts._replace(path=parent).geturl()), unquote(name)
-    raise ConfigError(f"{key} = {folder.address}: no such file or folder")
+    except OSError as error:
+        raise ConfigError(f"{key} = {address}: cannot be opened: {error}") from error
+    path = path.absolute()  # whatever the working directory of the process that will read
+    return (LocalFolder(os.fspath(path.parent)), path.name) if path.is_file() else (LocalFolder(str(path)), None)
 
 
 def _nearest(path: Path) -> str:
@@ -208,17 +323,24 @@ def _nearest(path: Path) -> str:
     return f"; did you mean {parent / near[0]}?" if near else ""
 
 
-def _kind(url: str) -> str | None:
-    import pyarrow.fs as pafs
-
-    filesystem, path = _connect(url)
-    kind = filesystem.get_file_info(path).type
-    return {pafs.FileType.File: "file", pafs.FileType.Directory: "folder"}.get(kind)
+def _refuse_secrets(key: str, plain: str, query: str) -> None:
+    authority = plain.partition("://")[2].partition("/")[0]
+    user, at, host = authority.rpartition("@")
+    options = [option.partition("=")[0] for option in query[1:].split("&")]
+    secret = next((option for option in options if _SECRET.search(option)), None)
+    if secret is None and not (at and ":" in user):
+        return
+    shown = plain.replace(authority, host, 1) if ":" in user else plain
+    raise ConfigError(
+        f"{key} = {shown}: holds {f'the option {secret}' if secret else 'a password'}, and runs record their settings "
+        "for all to read; give credentials by the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, HF_TOKEN, "
+        "...) or the service's own file (~/.aws/credentials, ...)"
+    )
 
 
 @lru_cache(maxsize=16)
 def _connect(url: str) -> tuple[pafs.FileSystem, str]:
-    """The file system of a URL and the path within it.
+    """The file system of a URL and the path within it, without a slash at its end.
 
     Raises:
         ValueError: No such scheme, or an option that it does not know.
@@ -226,25 +348,22 @@ def _connect(url: str) -> tuple[pafs.FileSystem, str]:
     """
     import pyarrow.fs as pafs
 
-    scheme = urlsplit(url).scheme
+    scheme = url.partition("://")[0]
     if scheme in _NATIVE:
-        return pafs.FileSystem.from_uri(url)
+        plain, query = _split_query(url)
+        # What is no part of any URL is part of a name; what is already encoded stays.
+        filesystem, path = pafs.FileSystem.from_uri(re.sub(r"%(?![0-9A-Fa-f]{2})", "%25", quote(plain, _SAFE)) + query)
+        return filesystem, path.rstrip("/")
     import fsspec
+
+    from orchestrator.data.fsspec_files import Handler, os_errors
 
     known: Iterable[str] = fsspec.available_protocols()
     if scheme not in known:
         names = sorted({*_NATIVE, "file", *known})
         near = difflib.get_close_matches(scheme, names, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = f"; did you mean {near[0]}://?" if near else ""
         raise ValueError(f"no such scheme as {scheme}://; there are {', '.join(names)}{hint}")
-    filesystem, path = fsspec.core.url_to_fs(url)
-    return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), path
-
-
-def _without(url: str, error: Exception) -> str:
-    """The message of an error, without the passwords that the URL holds."""
-    parts = urlsplit(url)
-    message = str(error)
-    for secret in filter(None, (parts.query, parts.netloc.rpartition("@")[0], parts.password)):
-        message = message.replace(secret, "***")
-    return message
+    with os_errors():
+        filesystem, path = fsspec.core.url_to_fs(url)
+    return pafs.PyFileSystem(Handler(filesystem)), path.rstrip("/")

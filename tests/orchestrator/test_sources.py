@@ -19,7 +19,7 @@ from sklearn.datasets import load_digits
 
 from dino_core.config import ConfigError
 from orchestrator.config import DataConfig
-from orchestrator.data import parquet
+from orchestrator.data import table
 from orchestrator.data.images import decode, load_image
 from orchestrator.data.sources import Source, open_source
 
@@ -211,11 +211,9 @@ def test_nothing_there(tmp_path: Path) -> None:
         open_at(tmp_path / "photo")
     with pytest.raises(ConfigError, match=f"did you mean {tmp_path}/photos"):
         open_at(tmp_path / "photoz" / "train")
-    with pytest.raises(ConfigError, match=r"must be digits, a folder of images, or .*did you mean digits\?"):
+    with pytest.raises(ConfigError, match=r"must be digits, torchvision:NAME, or .*did you mean digits\?"):
         open_at("digit")
-    with pytest.raises(ConfigError, match="addresses are not read"):
-        open_at("s3://bucket/images")
-    with pytest.raises(ConfigError, match=r"a file must be .parquet"):
+    with pytest.raises(ConfigError, match=r"a file must be one of .*\.parquet .*; of images, name the folder"):
         open_at(tmp_path / "photos" / "a.png")
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "readme.txt").write_text("x")
@@ -321,7 +319,7 @@ def test_wrong_columns_and_splits(tmp_path: Path) -> None:
         {"images": encoded(2), "text": ["a", "b"], "labels": [0.5, 1.5], "split": ["train", "dev"]},
     )
     for settings, message in (
-        ({}, r"data.image_column = image: no such column in a.parquet.*did you mean images\?"),
+        ({"image_column": "imags"}, r"data.image_column = imags: no such column in a.parquet.*did you mean images\?"),
         ({"image_column": "text"}, "data.image_column = text: must hold encoded images .* not string"),
         ({"image_column": "images", "label_column": "lables"}, r"data.label_column = lables: .*did you mean labels\?"),
         ({"image_column": "images", "label_column": "labels"}, "must hold whole numbers or text, not double"),
@@ -344,7 +342,7 @@ def test_damaged_parquet_empty_parquet_and_a_mixed_folder(tmp_path: Path) -> Non
     with pytest.raises(ConfigError, match="no rows"):
         open_at(write(tmp_path / "none.parquet", {"image": pa.array([], pa.binary())}))
     make_files(tmp_path, "1.png")
-    with pytest.raises(ConfigError, match=r"both image files .1.png. and Parquet files .bad.parquet."):
+    with pytest.raises(ConfigError, match=r"holds image files .1.png. and Parquet files .bad.parquet."):
         open_at(tmp_path)
 
 
@@ -359,14 +357,14 @@ def test_row_groups_are_kept_up_to_a_number_of_bytes(tmp_path: Path, monkeypatch
     path = write(tmp_path / "a.parquet", {"image": [bytes([number]) * 1000 for number in range(40)]})
     source = open_at(path)
     reads = []
-    original = parquet._read_group
-    monkeypatch.setattr(parquet, "_read_group", lambda *key: reads.append(key[1]) or original(*key))
-    monkeypatch.setattr(parquet, "_cache", parquet._Cache())
-    monkeypatch.setattr(parquet, "_CACHE_BYTES", 9_000)  # two groups of four rows
+    original = table._read_group
+    monkeypatch.setattr(table, "_read_group", lambda *key: reads.append(key[2]) or original(*key))
+    monkeypatch.setattr(table, "_cache", table.GroupCache())
+    monkeypatch.setattr(table, "_CACHE_BYTES", 9_000)  # two groups of four rows
     for index in (0, 1, 4, 0, 8, 3, 4):
         assert source.train.read(index) == bytes([index]) * 1000
     assert reads == [0, 1, 2, 1]
-    monkeypatch.setattr(parquet, "_CACHE_BYTES", 10)
+    monkeypatch.setattr(table, "_CACHE_BYTES", 10)
     assert source.train.read(39) == bytes([39]) * 1000
 
 
