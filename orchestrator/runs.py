@@ -137,16 +137,15 @@ def length_in_words(record: RunRecord) -> str:
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:
     """The same run, wherever its processes stand: relative paths are taken from here."""
-    from orchestrator.data.sources import DIGITS, TORCHVISION  # imports numpy
-    from orchestrator.data.storage import is_url
+    from orchestrator.data.sources import TORCHVISION, absolute_source  # imports numpy
 
     source, cache = config.data.source, config.cluster.decoded_cache_dir
-    changes = {"cluster.storage": str(Path(config.cluster.storage).resolve())}
+    changes = {
+        "cluster.storage": str(Path(config.cluster.storage).resolve()),
+        "data.source": absolute_source(source),
+    }
     if source.startswith(TORCHVISION):
         changes["data.root"] = str(Path(config.data.root).expanduser().resolve())
-    elif source != DIGITS and not is_url(source):
-        path = Path(source).expanduser()
-        changes["data.source"] = str(path.parent.resolve() / path.name if path.name else path.resolve())
     if cache is not None:
         changes["cluster.decoded_cache_dir"] = str(Path(cache).expanduser().resolve())
     return override(config, changes)
