@@ -209,7 +209,8 @@ def open_tars(config: DataConfig, folder: Folder, names: Sequence[str]) -> Sourc
             continue
         labels = choose_labels(label_names, np.concatenate(codes[part]), numbers=numbers)
         parts.append((Tars(shards[part], indexes[part]), labels))
-    return build_source("webdataset", folder.address, parts, partial(_digest, [part[0] for part in parts if part]))
+    location = f"{folder.address}/{names[0]}" if len(names) == 1 else folder.address
+    return build_source("webdataset", location, parts, partial(_digest, [part[0] for part in parts if part]))
 
 
 def _split_shards(config: DataConfig, names: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:

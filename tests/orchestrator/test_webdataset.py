@@ -225,7 +225,7 @@ def test_images_by_extension(tmp_path: Path) -> None:
     shard = tar({"d/1.jpg": b"1", "d/1.seg.png": b"mask", "d/2.JPEG": b"2", "d/2.txt": "words", "d/3.seg.png": b"m3"})
     source = open_shards(tmp_path, {"s.tar": shard})
     assert contents(source) == {"s.tar:d/1.jpg": b"1", "s.tar:d/2.JPEG": b"2"}
-    assert source.describe() == f"webdataset {tmp_path}/set: 2 training images without labels"
+    assert source.describe() == f"webdataset {tmp_path}/set/s.tar: 2 training images without labels"
     for column in ("seg.png", ".SEG.png"):
         masks = open_shards(tmp_path, {"s.tar": shard}, image_column=column)
         assert contents(masks) == {"s.tar:d/1.seg.png": b"mask", "s.tar:d/3.seg.png": b"m3"}
