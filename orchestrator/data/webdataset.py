@@ -144,15 +144,16 @@ class Tars:
     def read(self, index: int) -> bytes:
         shard = self._place(index)
         offset, size = int(self._offsets[index]), int(self._sizes[index])
-        file = _open_shard(shard)
         if self._is_local:
-            return file.read(offset, size)
+            return _open_shard(shard).read(offset, size)
         number = int(np.searchsorted(self._units, index, side="right"))
         first = int(self._units[number - 1])
         last = (int(self._units[number]) if number < len(self._units) else len(self)) - 1
         start, stop = int(self._offsets[first]), int(self._offsets[last] + self._sizes[last])
-        stretch = _cache.get(shard, start, lambda: file.read(start, stop - start))
-        return file.read(offset, size) if stretch is None else stretch[offset - start : offset - start + size]
+        stretch = _cache.get(shard, start, lambda: _open_shard(shard).read(start, stop - start))
+        if stretch is None:
+            return _open_shard(shard).read(offset, size)
+        return stretch[offset - start : offset - start + size]
 
     def name(self, index: int) -> str:
         shard = self._place(index)

@@ -336,7 +336,7 @@ def test_a_download_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *arguments: object) -> None:
-            if self.command == "GET":
+            if self.headers["Method"] != "HEAD":  # torchvision looks for redirections first
                 asked.append(self.path)
 
     handler = functools.partial(Handler, directory=str(tmp_path / "server"))
