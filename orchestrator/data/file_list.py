@@ -8,10 +8,10 @@ import io
 import os
 import posixpath
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,7 @@ from dino_core.config import ConfigError
 from orchestrator.config import DataConfig
 from orchestrator.data.folder import IMAGE_SUFFIXES, Files
 from orchestrator.data.split import DIGEST_LENGTH, Labels, Source, build_source, choose_splits, unknown
-from orchestrator.data.storage import Folder, LocalFolder, RemoteFolder
+from orchestrator.data.storage import Folder, LocalFolder, RemoteFolder, locate
 from orchestrator.data.text_labels import are_numbers, choose_labels
 
 LIST_SUFFIXES = frozenset((".txt", ".csv", ".tsv"))
@@ -29,7 +29,8 @@ _PATH_COLUMNS = ("image", "path", "file", "file_name", "filename", "filepath")
 _CHECKED_LOCALLY = 100
 _CHECKED_REMOTELY = 10  # each is a request
 _HERE = "this machine"
-_STORAGE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/]*")
+_STORAGE = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://[^/]*")
+_OPTIONS = re.compile(r"\?[A-Za-z_][\w.-]*=.*")
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,6 @@ def open_list(config: DataConfig, folder: Folder, name: str) -> Source:
         ConfigError: A list that cannot be read or is empty, a column or split that is not there, paths of different
             storages, or none of the first images there.
     """
-    if isinstance(folder, RemoteFolder):
-        config = replace(config, source=f"{folder.address}/{name}")  # for messages: without a password
     try:
         content = folder.read(name)
     except OSError as error:
@@ -80,9 +79,8 @@ def open_list(config: DataConfig, folder: Folder, name: str) -> Source:
         )
         for part in rows
     ]
-    files = [part[0] for part in parts if part] if isinstance(base, LocalFolder) else []
     content_hash = hashlib.sha256(content).digest()
-    return build_source("list", f"{folder.address}/{name}", parts, partial(_digest, content_hash, files))
+    return build_source("list", f"{folder.address}/{name}", parts, partial(_digest, content_hash, base, paths))
 
 
 def _decode(config: DataConfig, content: bytes) -> str:
@@ -152,13 +150,11 @@ def _has(config: DataConfig, key: str, header: Sequence[str]) -> bool:
 
 def _place(config: DataConfig, folder: Folder, found: _List) -> tuple[Folder, Sequence[str]]:
     """The folder that the images are read from, and their paths relative to it (or absolute, on this machine)."""
-    relative = "the folder of the list" if isinstance(folder, RemoteFolder) else _HERE
+    own = _storage(folder.address)
     first: tuple[str, str, int] | None = None
     for path, line in zip(found.paths, found.lines, strict=True):
-        if "://" in path and (match := _STORAGE.match(path)):
-            storage = _storage(match[0])
-        else:
-            storage = _HERE if path.startswith("/") else relative
+        here = _HERE if path.startswith("/") else own
+        storage = _storage(path) if "://" in path else here
         if first is None:
             first = storage, path, line
         elif storage != first[0]:
@@ -167,45 +163,33 @@ def _place(config: DataConfig, folder: Folder, found: _List) -> tuple[Folder, Se
                 f"line {line} ({path}) of {storage}; a list takes one storage"
             )
     assert first is not None
-    if first[0] == _HERE:
-        local = folder if isinstance(folder, LocalFolder) else LocalFolder("/")
-        return local, [unquote(path[len("file://") :]) if path.startswith("file://") else path for path in found.paths]
-    if first[0] == relative:
-        assert isinstance(folder, RemoteFolder)
-        return _climb(config, folder, [posixpath.normpath(path) for path in found.paths])
-    match = _STORAGE.match(first[1])
-    assert match is not None
-    return _root(folder, match[0]), [path.split("/", 3)[-1] for path in found.paths]
+    if first[0] != _HERE:
+        return _place_remote(config, folder, first[0], found.paths)
+    local = folder if isinstance(folder, LocalFolder) else LocalFolder("/")
+    return local, [unquote(path[len("file://") :]) if path.startswith("file://") else path for path in found.paths]
 
 
-def _storage(url: str) -> str:
-    """Scheme and host of a URL, without user and password."""
-    parts = urlsplit(url)
-    if parts.scheme == "file":
-        return _HERE
-    host = parts.netloc if parts.scheme.startswith("abfs") else parts.netloc.rpartition("@")[2]  # container@account
-    return f"{parts.scheme}://{host}"
+def _storage(address: str) -> str:
+    """Scheme and host of a URL."""
+    match = _STORAGE.match(address)
+    return match[0] if match and match[1] != "file" else _HERE
 
 
-def _root(folder: Folder, url: str) -> RemoteFolder:
-    """The storage of a URL, with the password and options of the list if it is the same one."""
-    if isinstance(folder, RemoteFolder) and _storage(folder.url) == _storage(url):
-        return RemoteFolder(urlsplit(folder.url)._replace(path="").geturl())
-    return RemoteFolder(url)
-
-
-def _climb(config: DataConfig, folder: RemoteFolder, paths: Sequence[str]) -> tuple[Folder, Sequence[str]]:
-    """As many folders up as some of the normal `paths` go."""
-    up = max(path.count("../") for path in paths)
-    if not up:
-        return folder, paths
-    parts = urlsplit(folder.url)
-    steps = parts.path.strip("/").split("/") if parts.path.strip("/") else []
-    if up > len(steps):
-        raise ConfigError(f"data.source = {config.source}: some paths lead out of the storage (..)")
-    base = RemoteFolder(parts._replace(path="".join(f"/{step}" for step in steps[:-up])).geturl())
-    below = [unquote(step) for step in steps[len(steps) - up :]]
-    return base, [posixpath.normpath("/".join((*below, path))) for path in paths]
+def _place_remote(
+    config: DataConfig, folder: Folder, storage: str, paths: Sequence[str]
+) -> tuple[Folder, Sequence[str]]:
+    """The deepest folder of a storage that holds all `paths`, and these relative to it."""
+    own = folder.address[len(storage) :].strip("/") if _storage(folder.address) == storage else None
+    start = len(storage) + 1
+    names = [posixpath.normpath(path[start:] if "://" in path else f"{own}/{path}".lstrip("/")) for path in paths]
+    if any(name.startswith("../") for name in names):
+        raise ConfigError(f"data.source = {config.source}: some paths lead out of {storage} (..)")
+    if own is not None and all(name.startswith(f"{own}/" if own else "") for name in names):
+        return folder, [name[len(own) + bool(own) :] for name in names]
+    common = posixpath.commonprefix([min(names), max(names)]).rpartition("/")[0]
+    options = _OPTIONS.search(folder.url) if own is not None and isinstance(folder, RemoteFolder) else None
+    base, file = locate("data.source", f"{storage}/{common}".rstrip("/") + (options[0] if options else ""))
+    return base if file is None else base.below(file), [name[len(common) + bool(common) :] for name in names]
 
 
 def _check_some_exist(config: DataConfig, folder: Folder, paths: Sequence[str], lines: Sequence[int]) -> None:
@@ -215,8 +199,6 @@ def _check_some_exist(config: DataConfig, folder: Folder, paths: Sequence[str], 
             folder.stat(path)
         except OSError:
             continue
-        except (ValueError, ImportError) as error:  # no such scheme, or no package for it
-            raise ConfigError(f"data.source = {config.source}: line {lines[0]}: {error}") from error
         return
     many = f"nor are the {len(checked) - 1} after it" if len(checked) > 1 else "it is the only one"
     first = posixpath.join(folder.address, paths[0])
@@ -245,6 +227,19 @@ def _encode(values: Sequence[str]) -> tuple[NDArray[np.int64], list[str]]:
     return np.fromiter((place[value] for value in values), np.int64, len(values)), names
 
 
-def _digest(content_hash: bytes, files: Sequence[Files]) -> str:
-    """Of the list, and of the names and sizes of files on this machine; asking a service for each would take hours."""
-    return hashlib.sha256(content_hash + b"".join(part.fingerprint() for part in files)).hexdigest()[:DIGEST_LENGTH]
+def hash_files(folder: Folder, names: Iterable[str]) -> bytes:
+    """A hash of the names and sizes of files. One that has gone by now counts as empty."""
+    digest = hashlib.sha256()
+    for name in names:
+        try:
+            size = folder.stat(name).size
+        except OSError:
+            size = 0
+        digest.update(b"%s\0%d\n" % (os.fsencode(name), size))
+    return digest.digest()
+
+
+def _digest(content_hash: bytes, folder: Folder, paths: Sequence[str]) -> str:
+    """Of the list, and of the sizes of files on this machine; asking a service for each would take hours."""
+    files = hash_files(folder, paths) if isinstance(folder, LocalFolder) else b""
+    return hashlib.sha256(content_hash + files).hexdigest()[:DIGEST_LENGTH]

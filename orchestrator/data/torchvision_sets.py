@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from dino_core.config import ConfigError
 from orchestrator.config import DataConfig
+from orchestrator.data.file_list import hash_files
 from orchestrator.data.folder import Files
 from orchestrator.data.split import DIGEST_LENGTH, Labels, Source, Split, build_source, choose_splits
 from orchestrator.data.storage import LocalFolder
@@ -187,7 +188,7 @@ def open_torchvision(config: DataConfig) -> Source:
     opened = [None if split is None else _Opened.of(config, name, root, split) for split in chosen]
     found = [part for part in opened if part is not None]
     location = f"{name} in {root}"
-    digest = partial(_digest, name, [part.reader for part in found], [part.labels for part in found])
+    digest = partial(_digest, name, root, [part.reader for part in found], [part.labels for part in found])
     if any(part.classes != found[0].classes for part in found):  # so the same number may be of different classes
         parts = [None if part is None else (part.reader, part.names_of_labels()) for part in opened]
         return build_source("torchvision", location, parts, digest)
@@ -391,9 +392,12 @@ def _to_rgb(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.array(pixels.transpose(1, 2, 0) if pixels.shape[2] != 3 else pixels, order="C")
 
 
-def _digest(name: str, readers: Sequence[Files | _Items], labels: Sequence[NDArray[np.int64] | None]) -> str:
+def _digest(name: str, root: str, readers: Sequence[Files | _Items], labels: Sequence[NDArray[np.int64] | None]) -> str:
     digest = hashlib.sha256(name.encode())
     for reader, numbers in zip(readers, labels, strict=True):
-        digest.update(reader.fingerprint())
+        if isinstance(reader, _Items):
+            digest.update(reader.fingerprint())
+        else:
+            digest.update(hash_files(LocalFolder(root), map(reader.name, range(len(reader)))))
         digest.update(b"" if numbers is None else numbers.tobytes())
     return digest.hexdigest()[:DIGEST_LENGTH]

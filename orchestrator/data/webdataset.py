@@ -197,11 +197,10 @@ def open_tars(config: DataConfig, folder: Folder, names: Sequence[str]) -> Sourc
         ConfigError: A shard that is damaged, cut short or compressed, no images, or a label or split that is not there.
     """
     train, test = _split_shards(config, names)
-    where = config.source if isinstance(folder, LocalFolder) else folder.address
-    opened = _open_all(config, folder, [*train, *test], where)
+    opened = _open_all(config, folder, [*train, *test])
     shards, indexes = [shard for shard, _ in opened], [index for _, index in opened]
     if not any(len(index.offsets) for index in indexes[: len(train)]):
-        raise _no_images(config, indexes, where)
+        raise _no_images(config, indexes)
     label_names, codes, numbers = _encode_labels(config, indexes)
     parts: list[tuple[Tars, Labels] | None] = []
     for part in (slice(0, len(train)), slice(len(train), None)):
@@ -238,7 +237,7 @@ def _prefix(name: str) -> str:
     return counted[1] if counted else re.sub(r"[-_.]*\d+$", "", stem)
 
 
-def _open_all(config: DataConfig, folder: Folder, names: Sequence[str], where: str) -> list[tuple[Shard, ShardIndex]]:
+def _open_all(config: DataConfig, folder: Folder, names: Sequence[str]) -> list[tuple[Shard, ShardIndex]]:
     is_default = config.image_column == DataConfig.image_column
     choice = Choice(None if is_default else config.image_column.lower().removeprefix("."), config.label_column)
 
@@ -247,20 +246,20 @@ def _open_all(config: DataConfig, folder: Folder, names: Sequence[str], where: s
             shard = Shard(folder, name, *folder.stat(name))
             return shard, index_shard(shard, choice)
         except OSError as error:
-            raise ConfigError(f"data.source = {where}: {name} cannot be read: {error}") from error
+            raise ConfigError(f"data.source = {config.source}: {name} cannot be read: {error}") from error
 
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="tar index") as pool:
         return list(pool.map(open_one, names))
 
 
-def _no_images(config: DataConfig, indexes: Sequence[ShardIndex], where: str) -> ConfigError:
+def _no_images(config: DataConfig, indexes: Sequence[ShardIndex]) -> ConfigError:
     others = {extension for index in indexes for extension in index.other_extensions()}
     if config.image_column != DataConfig.image_column:
-        return unknown("data.image_column", config.image_column, others, f"extension of members in {where}")
+        return unknown("data.image_column", config.image_column, others, f"extension of members in {config.source}")
     listed = (
         f"; their members are .{', .'.join(sorted(others))}: set data.image_column to one of these" if others else ""
     )
-    return ConfigError(f"data.source = {where}: no images in the shards{listed}")
+    return ConfigError(f"data.source = {config.source}: no images in the shards{listed}")
 
 
 def _encode_labels(

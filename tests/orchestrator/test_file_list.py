@@ -15,7 +15,7 @@ from dino_core.config import ConfigError
 from orchestrator.config import DataConfig
 from orchestrator.data.file_list import open_list
 from orchestrator.data.split import Source
-from orchestrator.data.storage import LocalFolder, RemoteFolder
+from orchestrator.data.storage import LocalFolder, locate
 
 
 def make_files(root: Path, *names: str) -> None:
@@ -100,18 +100,18 @@ def test_the_digest_is_of_the_list_and_the_sizes(tmp_path: Path) -> None:
         (b"", r"the list names no images"),
         (b"# nothing\n\n", r"the list names no images"),
         ("a.png\n".encode("utf-16"), r"not a text in UTF-8 \(is it UTF-16\?\)"),
-        (b"\n\nno.png\nnor.png", r"line 3: .*/no.png is not there, nor are the 1 after it"),
+        (b"\n\nno.png\nnor.png", r"^data.source = .*/list.txt: line 3: .*/no.png is not there, nor are the 1 after it"),
         (b"no.png", r"line 1: .*/no.png is not there, it is the only one"),
         (b"a.png\ns3://b/c.png", r"line 1 \(a.png\) is of this machine, line 2 \(s3://b/c.png\) of s3://b; a list"),
         (b"s3://b/c.png\ns3://d/c.png", r"line 1 .* is of s3://b, line 2 .* of s3://d; a list takes one storage"),
-        (b"nope://b/c.png", r"line 1: no such scheme as nope://"),
+        (b"nope://b/c.png", r"data.source = nope://b: .*no such scheme as nope://"),
     ],
 )
 def test_lists_that_are_refused(tmp_path: Path, content: bytes, message: str) -> None:
     make_files(tmp_path, "a.png")
     path = tmp_path / "list.txt"
     path.write_bytes(content)
-    with pytest.raises(ConfigError, match=r"data.source = .*/list.txt: " + message):
+    with pytest.raises(ConfigError, match=message):
         open_at(path)
 
 
@@ -206,17 +206,23 @@ def test_tables_that_are_refused(tmp_path: Path, lines: tuple[str, ...], message
 # Remote
 
 
+def open_remote(url: str) -> Source:
+    folder, name = locate("data.source", url)
+    assert name is not None
+    return open_list(DataConfig(source=url), folder, name)
+
+
 def test_a_list_of_a_storage_service(memory: fsspec.AbstractFileSystem) -> None:
     for name in ("a.png", "deep/b.png", "lists/c.png"):
-        memory.pipe(f"/bucket/{name}", name.encode())
-    memory.pipe("/bucket/lists/l.txt", b"c.png\n../a.png\n./../deep/b.png")
-    source = open_list(DataConfig(source="memory://bucket/lists/l.txt"), RemoteFolder("memory://bucket/lists"), "l.txt")
-    assert names(source) == ["lists/c.png", "a.png", "deep/b.png"]
+        memory.pipe(f"/bucket/x/{name}", name.encode())
+    memory.pipe("/bucket/x/lists/l.txt", b"c.png\n../a.png\n./../deep/b.png\nmemory://bucket/x/a.png")
+    source = open_remote("memory://bucket/x/lists/l.txt")
+    assert names(source) == ["lists/c.png", "a.png", "deep/b.png", "a.png"]
     assert [source.train.read(index) for index in range(3)] == [b"lists/c.png", b"a.png", b"deep/b.png"]
-    assert source.location == "memory://bucket/lists/l.txt"
+    assert source.location == "memory://bucket/x/lists/l.txt"
     assert len(source.digest()) == 32
-    memory.pipe("/bucket/lists/l.txt", b"x.png\nc.png\n./y/../c.png")
-    source = open_list(DataConfig(source="memory://bucket/lists/l.txt"), RemoteFolder("memory://bucket/lists"), "l.txt")
+    memory.pipe("/bucket/x/lists/l.txt", b"x.png\nc.png\n./y/../c.png")
+    source = open_remote("memory://bucket/x/lists/l.txt")
     assert names(source) == ["x.png", "c.png", "c.png"]
     assert source.train.read(2) == b"lists/c.png"
 
@@ -230,18 +236,19 @@ def test_a_local_list_of_urls(tmp_path: Path, memory: fsspec.AbstractFileSystem)
     assert source.classes == ("u", "v")
 
 
-def test_remote_lists_that_are_refused(memory: fsspec.AbstractFileSystem) -> None:
-    memory.pipe("/u:secret@bucket/l.txt", b"../../a.png")
-    with pytest.raises(ConfigError, match=r"memory://bucket/l.txt: some paths lead out of the storage"):
-        open_list(DataConfig(source="-"), RemoteFolder("memory://u:secret@bucket"), "l.txt")
-    memory.pipe("/bucket/l.txt", b"gone.png\nalso.png")
-    with pytest.raises(ConfigError, match=r"line 1: memory://bucket/gone.png is not there, nor are the 1 after it"):
-        open_list(DataConfig(source="-"), RemoteFolder("memory://bucket"), "l.txt")
-    memory.pipe("/bucket/l.txt", b"gone.png\n/abs.png")
-    with pytest.raises(
-        ConfigError, match=r"line 1 \(gone.png\) is of the folder of the list, line 2 \(/abs.png\) of thi"
-    ):
-        open_list(DataConfig(source="-"), RemoteFolder("memory://bucket"), "l.txt")
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("../../a.png", r"some paths lead out of memory://bucket \(..\)"),
+        ("gone.png\nalso.png", r"line 1: memory://bucket/gone.png is not there, nor are the 1 after it"),
+        ("gone.png\n/abs.png", r"line 1 \(gone.png\) is of memory://bucket, line 2 \(/abs.png\) of this machine"),
+        ("memory://elsewhere/a.png", r"data.source = memory://elsewhere: no such file or folder"),
+    ],
+)
+def test_remote_lists_that_are_refused(memory: fsspec.AbstractFileSystem, content: str, message: str) -> None:
+    memory.pipe("/bucket/l.txt", content.encode())
+    with pytest.raises(ConfigError, match=message):
+        open_remote("memory://bucket/l.txt")
 
 
 # Scale

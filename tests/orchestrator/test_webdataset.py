@@ -20,7 +20,7 @@ from dino_core.config import ConfigError
 from orchestrator.config import DataConfig
 from orchestrator.data import tar_index, webdataset
 from orchestrator.data.split import Source
-from orchestrator.data.storage import LocalFolder, RemoteFolder
+from orchestrator.data.storage import LocalFolder, locate
 from orchestrator.data.tar_headers import TarError, Window, walk
 
 
@@ -423,7 +423,7 @@ def test_shards_of_a_storage_service(memory: fsspec.AbstractFileSystem, monkeypa
     for number in range(2):
         members: dict[str, bytes | str] = {f"{i:03}.jpg": f"{number} {i}" * 50 for i in range(100)}
         memory.pipe(f"/bucket/set/{number}.tar", tar(members))
-    folder = RemoteFolder("memory://bucket/set")
+    folder, _ = locate("data.source", "memory://bucket/set")
     source = webdataset.open_tars(DataConfig(source="memory://bucket/set"), folder, ["0.tar", "1.tar"])
     assert source.location == "memory://bucket/set"
     reads: list[tuple[int, int]] = []
