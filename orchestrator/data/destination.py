@@ -11,7 +11,7 @@ from typing import IO, Any, Protocol
 from urllib.parse import unquote, urlsplit
 
 from dino_core.config import ConfigError
-from orchestrator.data.storage import RemoteFolder, _connect, _without, is_url
+from orchestrator.data.storage import RemoteFolder, connect, is_url, refuse_secrets
 from orchestrator.errors import RunFailed
 
 
@@ -103,10 +103,11 @@ class _RemoteDestination:
     def __init__(self, url: str) -> None:
         import pyarrow.fs as pafs
 
+        refuse_secrets("DEST", url)
         self.address = RemoteFolder(url).address
         self._written: list[str] = []
         try:
-            self._filesystem, root = _connect(url)
+            self._filesystem, root = connect(url)
             self._root = root.rstrip("/")
             kind = self._filesystem.get_file_info(self._root).type
             full = kind == pafs.FileType.Directory and bool(
@@ -120,7 +121,7 @@ class _RemoteDestination:
         except ConfigError:
             raise
         except (OSError, ValueError) as error:
-            raise ConfigError(f"DEST = {self.address}: cannot be written: {_without(url, error)}") from error
+            raise ConfigError(f"DEST = {self.address}: cannot be written: {error}") from error
 
     def open(self, name: str) -> IO[bytes]:
         path = f"{self._root}/{name}"
@@ -160,7 +161,7 @@ def new_folder(dest: str) -> Generator[Destination]:
         folder.publish()
     except OSError as error:
         folder.discard()
-        why = _without(dest, error) if path is None else error.strerror or error
+        why = error.strerror or error
         raise RunFailed(f"{folder.address}: cannot be written: {why}; nothing was kept") from error
     except BaseException:
         folder.discard()

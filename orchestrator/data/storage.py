@@ -192,7 +192,7 @@ class RemoteFolder:
 
     def _connect(self) -> tuple[pafs.FileSystem, str]:
         """The service, and what it calls this folder."""
-        filesystem, path = _connect(self.url)
+        filesystem, path = connect(self.url)
         return filesystem, f"{path}/{self.inner}" if self.inner else path
 
     @staticmethod
@@ -281,10 +281,10 @@ def locate(key: str, address: str) -> tuple[Folder, str | None]:
     if scheme is None or scheme[1] == "file":
         return _locate_local(key, address, scheme is not None)
     plain, query = _split_query(address)
-    _refuse_secrets(key, plain, query)
+    refuse_secrets(key, address)
     shown = plain.removesuffix("/")
     try:
-        filesystem, path = _connect(address)
+        filesystem, path = connect(address)
         kind = filesystem.get_file_info(path or "/").type.name
     except ImportError as error:
         raise ConfigError(f"{key} = {shown}: needs a package that is not installed: {error}") from error
@@ -323,7 +323,9 @@ def _nearest(path: Path) -> str:
     return f"; did you mean {parent / near[0]}?" if near else ""
 
 
-def _refuse_secrets(key: str, plain: str, query: str) -> None:
+def refuse_secrets(key: str, url: str) -> None:
+    """Raise ConfigError if a URL holds a password or the like; the message does not repeat it."""
+    plain, query = _split_query(url)
     authority = plain.partition("://")[2].partition("/")[0]
     user, at, host = authority.rpartition("@")
     options = [option.partition("=")[0] for option in query[1:].split("&")]
@@ -339,7 +341,7 @@ def _refuse_secrets(key: str, plain: str, query: str) -> None:
 
 
 @lru_cache(maxsize=16)
-def _connect(url: str) -> tuple[pafs.FileSystem, str]:
+def connect(url: str) -> tuple[pafs.FileSystem, str]:
     """The file system of a URL and the path within it, without a slash at its end.
 
     Raises:

@@ -176,7 +176,7 @@ def test_nothing_usable(tmp_path: Path) -> None:
     config = write(tmp_path, {"a.jpg": b"no", "b.jpg": b"image"})
     found = look(config)
     assert found.speed is None and found.splits["train"].width is None
-    assert found.splits["train"].reasons == {"not an image in a format that Pillow reads": 2}
+    assert found.splits["train"].reasons == {"not an image in a format that is read": 2}
     assert "width" in text(found, config)
     json.dumps(inspect_text.as_json(found, config, CROPS), allow_nan=False)
 

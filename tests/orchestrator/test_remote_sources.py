@@ -32,7 +32,7 @@ from orchestrator.config import DataConfig
 from orchestrator.data import table
 from orchestrator.data.images import BadImage, load_image
 from orchestrator.data.sources import Source, open_source
-from orchestrator.data.storage import RemoteFolder, _connect, find, locate
+from orchestrator.data.storage import RemoteFolder, connect, find, locate
 
 ROOT = Path(__file__).parents[2]
 
@@ -103,7 +103,7 @@ def store(server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
     for item in listed:
         store.client.delete_object(Bucket="bucket", Key=item["Key"])
     store.client.delete_bucket(Bucket="bucket")
-    _connect.cache_clear()
+    connect.cache_clear()
 
 
 def test_a_folder_of_classes_is_read_in_another_process(store: Store) -> None:
@@ -167,7 +167,7 @@ def test_an_arrow_file_and_a_stream(store: Store) -> None:
 def test_the_endpoint_from_the_environment(store: Store, server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     store.put(**{"set/1.png": png(1)})
     monkeypatch.setenv("AWS_ENDPOINT_URL", server)
-    _connect.cache_clear()
+    connect.cache_clear()
     assert reds(open_source(DataConfig(source="s3://bucket/set?region=us-east-1"))) == [1]
 
 
