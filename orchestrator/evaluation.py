@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import statistics
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
@@ -29,6 +31,8 @@ _CACHE_BYTES = 1 << 30
 """Transformed images of one split are kept between evaluations up to this size per worker, else decoded each time."""
 
 _IMAGES_PER_TASK = 16  # decoded by one thread in a row: what is stored together is read together
+_PROBED_IMAGES = 5
+_WORTH_THREADS_S = 0.5e-3  # CPU time of an image below which several threads mostly wait for Python's lock
 
 _RAW_PIXEL_VALUES = 1 << 28
 """Raw pixels are classified too, as a floor to compare with, while a gallery holds no more values than this."""
@@ -106,6 +110,7 @@ class _Images:
         self._cache: Tensor | None = None
         self._keep = share * 3 * side * side * 4 <= _CACHE_BYTES
         self._num_kept = 0
+        self._num_threads: int | None = None
 
     def __len__(self) -> int:
         return self._num
@@ -114,9 +119,10 @@ class _Images:
         """float32 [n, 3, side, side], in order. The next one is made by threads while the caller works with one."""
         if self._cache is None and self._keep:
             self._cache = torch.zeros(len(self._ids), *self._shape)
-        cluster, size = self._config.cluster, self._config.pretrain.eval.batch_size
-        # Training waits meanwhile, so that the CPUs that make its batches are soon idle.
-        pool = ThreadPoolExecutor(cluster.cpus_per_worker + cluster.data_cpus // cluster.num_workers, "evaluation")
+        size = self._config.pretrain.eval.batch_size
+        if self._num_threads is None:
+            self._num_threads = self._choose_threads()
+        pool = ThreadPoolExecutor(self._num_threads, "evaluation")
         try:
             waiting = self._begin(pool, 0, size)
             for start in range(0, len(self._ids), size):
@@ -125,6 +131,18 @@ class _Images:
                 yield images
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+    def _choose_threads(self) -> int:
+        """As many as there are CPUs, of which training leaves all to an evaluation; one for tiny images."""
+        seconds = []
+        for place in range(min(_PROBED_IMAGES, len(self._ids))):
+            started = time.thread_time()
+            self._load(torch.empty(1, *self._shape), place)
+            seconds.append(time.thread_time() - started)
+        cluster = self._config.cluster
+        # The processes that make the training's batches come to rest as soon as nobody takes these.
+        many = cluster.cpus_per_worker + cluster.data_cpus // cluster.num_workers
+        return many if statistics.median(seconds) > _WORTH_THREADS_S else 1
 
     def _begin(self, pool: ThreadPoolExecutor, start: int, size: int) -> tuple[Tensor, list[Future[dict[int, str]]]]:
         """The batch from place `start` on, and the tasks that are filling it."""

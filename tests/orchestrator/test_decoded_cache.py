@@ -180,8 +180,10 @@ def test_whatever_the_pixels_depend_on_makes_another_cache(
         digest = "b" * 32
     elif change == "decoder":
         monkeypatch.setattr(loaders, "_decoder", lambda: ["another"])
+    elif change == "max_pixels":
+        data = replace(data, max_pixels=5000)
     else:
-        data = replace(data, **{change: 5000 if change == "max_pixels" else "other"})
+        data = replace(data, image_column="other")
     assert cached(replace(config, data=data), source_of(pictures, digest=digest)).folder != first.folder
 
 
