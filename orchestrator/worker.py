@@ -23,7 +23,8 @@ from orchestrator.records import CHECKPOINTS_DIR, RUN_FILE, Journal, RunRecord, 
 if TYPE_CHECKING:
     from dino_core.crops import MultiCrop
     from dino_core.train import TrainState
-    from orchestrator.data.split import Split
+    from orchestrator.data.loaders import Loader
+    from orchestrator.data.split import Source
     from orchestrator.data.stream import Batch
 
 FAILURE_FILE = "failure.json"
@@ -90,11 +91,14 @@ def _train(run_dir: Path, config: RunConfig, place: Place, report: Report) -> No
     from dino_core.crops import MultiCrop
     from dino_core.train import TrainState, train
     from orchestrator.data.bad_samples import BadSampleLog
+    from orchestrator.data.loaders import make_loader
     from orchestrator.data.sources import open_source
     from orchestrator.evaluation import make_evaluate
 
     pretrain = config.pretrain
     source = open_source(config.data)
+    digest = RunRecord.read(run_dir).data_digest
+    loader = make_loader(config, source, "train", digest)
     state = TrainState.create(pretrain, len(source.train), place.device)
     checkpoints = run_dir / CHECKPOINTS_DIR
     newest = _same_on_all_ranks(latest_checkpoint(checkpoints) if place.rank == 0 else None, place)
@@ -120,9 +124,9 @@ def _train(run_dir: Path, config: RunConfig, place: Place, report: Report) -> No
             prune_checkpoints(checkpoints, config.cluster.keep_checkpoints)
 
     try:
-        with closing(_batches(config, source.train, crops, state, place)) as batches:
+        with closing(_batches(config, source, loader, crops, state, place)) as batches:
             finished = (crops.finish(bad.note(batch), place.device) for batch in batches)
-            evaluate = make_evaluate(config, source)
+            evaluate = make_evaluate(config, source, digest)
             train(state, finished, on_log=on_log, on_checkpoint=on_checkpoint, evaluate=evaluate)
             if evaluate is None:  # else the last evaluation told that the run is complete
                 report({**latest, "step": state.step, "total_steps": state.schedules.total_steps})
@@ -142,17 +146,19 @@ def _same_on_all_ranks(path: Path | None, place: Place) -> Path | None:
     return paths[0]
 
 
-def _batches(config: RunConfig, split: Split, crops: MultiCrop, state: TrainState, place: Place) -> Generator[Batch]:
+def _batches(
+    config: RunConfig, source: Source, loader: Loader, crops: MultiCrop, state: TrainState, place: Place
+) -> Generator[Batch]:
     """This worker's rows of every global batch from the state's step on; by Ray Data wherever there is Ray."""
     from orchestrator.data.plan import index_plan
     from orchestrator.data.shelf import find_shelf
     from orchestrator.data.stream import Batches, local_batches, ray_batches
 
     batches = Batches(
-        split=split,
+        split=source.train,
+        loader=loader,
         crops=crops,
-        plan=index_plan(config, split),
-        max_pixels=config.data.max_pixels,
+        plan=index_plan(config, source.train),
         start_step=state.step,
         stop_step=state.schedules.total_steps,
         rank=place.rank,

@@ -19,7 +19,7 @@ from PIL import features
 
 from dino_core.config import ConfigError
 from orchestrator.config import RunConfig
-from orchestrator.data import images
+from orchestrator.data import images, jpeg
 from orchestrator.data.decoded_cache import close_caches, open_cache
 from orchestrator.data.images import load_image
 from orchestrator.data.split import Source, Split
@@ -30,7 +30,7 @@ Part = Literal["train", "test"]
 _FORMAT = 1
 """Of what a cache holds; another one is another cache."""
 
-_DECODER_MODULES = (images,)
+_DECODER_MODULES = (images, jpeg)
 """All our code that pixels depend on: a change of it makes another cache."""
 
 _SAME_PIXELS = ("source", "shuffle", "shuffle_window", "max_bad_fraction", "label_column", "download")

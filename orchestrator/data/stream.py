@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dino_core.crops import NUM_GLOBAL_CROPS, MultiCrop
-from orchestrator.data.images import BadImage, StorageError, load_image
+from orchestrator.data.images import BadImage, StorageError
+from orchestrator.data.loaders import Loader
 from orchestrator.data.plan import IndexPlan
 from orchestrator.data.shelf import Shelf, prefer_this_machine
 from orchestrator.data.sources import Split
@@ -44,7 +45,7 @@ class TooManyBadSamples(RuntimeError):
 
 
 def make_batch(
-    split: Split, crops: MultiCrop, plan: IndexPlan, positions: NDArray[np.int64], max_pixels: int
+    split: Split, loader: Loader, crops: MultiCrop, plan: IndexPlan, positions: NDArray[np.int64]
 ) -> dict[str, np.ndarray]:
     """The crops of the samples at `positions` [B] of the plan, as numpy arrays.
 
@@ -58,17 +59,17 @@ def make_batch(
     used, bad = wanted.copy(), np.full_like(wanted, -1)
     images: list[Any] = [None] * len(wanted)
     for row in np.argsort(wanted, kind="stable"):  # neighbours on disk are read together
-        images[row], used[row] = _readable(split, int(wanted[row]), max_pixels)
+        images[row], used[row] = _readable(split, loader, int(wanted[row]))
         if used[row] != wanted[row]:
             bad[row] = wanted[row]
     return {**crops.make(images, epochs, used), "sample_id": used, "bad_id": bad}
 
 
-def _readable(split: Split, sample: int, max_pixels: int) -> tuple[NDArray[np.uint8], int]:
+def _readable(split: Split, loader: Loader, sample: int) -> tuple[NDArray[np.uint8], int]:
     for offset in range(MAX_BAD_IN_A_ROW):
         candidate = (sample + offset) % len(split)
         try:
-            return load_image(split, candidate, max_pixels), candidate
+            return loader.load(split, candidate), candidate
         except BadImage as error:
             reason = str(error)
     raise TooManyBadSamples(
@@ -84,7 +85,7 @@ class Batches:
     split: Split
     crops: MultiCrop
     plan: IndexPlan
-    max_pixels: int
+    loader: Loader
     start_step: int
     stop_step: int
     rank: int = 0
@@ -116,7 +117,7 @@ class Batches:
         positions = [
             self.plan.positions(step, self.rank, self.world_size)[rows] for step in range(part.start, part.stop)
         ]
-        return make_batch(self.split, self.crops, self.plan, np.concatenate(positions), self.max_pixels)
+        return make_batch(self.split, self.loader, self.crops, self.plan, np.concatenate(positions))
 
 
 def local_batches(batches: Batches, *, num_threads: int = 1, prefetch: int = 2) -> Generator[Batch]:

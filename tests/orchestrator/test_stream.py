@@ -28,6 +28,7 @@ from dino_core.config import CropsConfig
 from dino_core.crops import MultiCrop
 from orchestrator.config import DataConfig, RunConfig
 from orchestrator.data import shelf, stream, tasks
+from orchestrator.data.loaders import Decoder
 from orchestrator.data.plan import IndexPlan, Windows
 from orchestrator.data.shelf import Shelf, find_shelf, shelf_for_trials
 from orchestrator.data.sources import Split, open_source
@@ -45,6 +46,7 @@ pytestmark = [
 
 STORE_BYTES = 80 << 20  # about the least that Ray takes
 CROPS = MultiCrop(CropsConfig(global_size=16, local_size=8, num_local_crops=2), seed=3)
+LOADER = Decoder(max_pixels=10_000)
 BAD = (2, 3, 11)
 
 
@@ -64,7 +66,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Split:
 
 
 @pytest.fixture(scope="module")
-def table(tmp_path_factory: pytest.TempPathFactory) -> Split:
+def table_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Fifty images in row groups of four."""
     rng = np.random.default_rng(1)
     images = []
@@ -74,7 +76,12 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Split:
         images.append(buffer.getvalue())
     path = tmp_path_factory.mktemp("table") / "images.parquet"
     pq.write_table(pa.table({"image": images}), path, row_group_size=4)
-    return open_source(DataConfig(source=str(path))).train
+    return path
+
+
+@pytest.fixture(scope="module")
+def table(table_path: Path) -> Split:
+    return open_source(DataConfig(source=str(table_path))).train
 
 
 def units(split: Split) -> bytes:
@@ -92,7 +99,7 @@ def digest(shares: list[dict[str, Tensor]]) -> str:
 
 def batches_of(split: Split, *, batch_size: int = 6, windows: Windows | None = None, **changes: Any) -> Batches:
     plan = IndexPlan(len(split), seed=3, batch_size=batch_size, windows=windows)
-    settings = {"start_step": 0, "stop_step": 30, "max_pixels": 10_000, **changes}
+    settings = {"start_step": 0, "stop_step": 30, "loader": LOADER, **changes}
     return Batches(split=split, crops=CROPS, plan=plan, **settings)
 
 
@@ -114,7 +121,7 @@ def threads_named(name: str) -> list[str]:
 def test_a_batch_holds_the_crops_of_its_samples(folder: Split) -> None:
     plan = IndexPlan(len(folder), seed=3, batch_size=6)
     positions = plan.positions(4)
-    batch = make_batch(folder, CROPS, plan, positions, 10_000)
+    batch = make_batch(folder, LOADER, CROPS, plan, positions)
     epochs, ids = plan.locate(positions)
     assert np.array_equal(np.where(batch["bad_id"] < 0, batch["sample_id"], batch["bad_id"]), ids)
     assert batch["global_crops"].shape == (6, 2, 3, 16, 16)
@@ -127,7 +134,7 @@ def test_a_batch_holds_the_crops_of_its_samples(folder: Split) -> None:
 
 def test_a_bad_sample_is_replaced_by_the_next_readable_one(folder: Split) -> None:
     plan = IndexPlan(20, seed=3, batch_size=20)
-    batch = make_batch(folder, CROPS, plan, np.arange(20), 10_000)
+    batch = make_batch(folder, LOADER, CROPS, plan, np.arange(20))
     replaced = {int(bad): int(used) for bad, used in zip(batch["bad_id"], batch["sample_id"], strict=True) if bad >= 0}
     assert replaced == {2: 4, 3: 4, 11: 12}
     rows = np.flatnonzero(batch["sample_id"] == 4)
@@ -137,7 +144,7 @@ def test_a_bad_sample_is_replaced_by_the_next_readable_one(folder: Split) -> Non
 
 def test_the_size_limit_reaches_the_decoder(folder: Split) -> None:
     with pytest.raises(TooManyBadSamples, match=r"100 images in a row .* 14x12 is more than 100 pixels"):
-        make_batch(folder, CROPS, IndexPlan(20, 0, 4), np.arange(4), 100)
+        make_batch(folder, Decoder(100), CROPS, IndexPlan(20, 0, 4), np.arange(4))
 
 
 # In this process
@@ -185,16 +192,15 @@ def test_closing_early_ends_the_threads(folder: Split) -> None:
 
 def test_an_error_of_a_thread_reaches_the_consumer(folder: Split) -> None:
     with pytest.raises(TooManyBadSamples):
-        list(local_batches(batches_of(folder, max_pixels=1)))
+        list(local_batches(batches_of(folder, loader=Decoder(1))))
     assert not threads_named("crops")
 
 
-def test_a_killed_stream_goes_on_where_it_was(table: Split) -> None:
-    location = str(Path(table.reader._files[0].path))  # type: ignore[attr-defined]
+def test_a_killed_stream_goes_on_where_it_was(table: Split, table_path: Path) -> None:
     expected = [digest([batch]) for batch in local_batches(batches_of(table, windows=Windows(20, units(table))))]
     seen: list[str] = []
     for lines in (int(np.random.default_rng().integers(1, 25)), 30):  # a random step, another each time
-        command = [sys.executable, "-c", ENDLESS, location, str(len(seen))]
+        command = [sys.executable, "-c", ENDLESS, str(table_path), str(len(seen))]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
             while len(seen) < lines:
@@ -350,7 +356,7 @@ def test_a_full_shelf_forgets_and_has_made_again(ray: Any, folder: Split, monkey
             assert all_equal(list(ray_batches(batches, shelf=find_shelf(config, 0, 2))), list(local_batches(batches)))
         made, taken = ray.get(keeper.traffic.remote())
         assert made == taken == 16
-        bad = replace(batches, max_pixels=1)
+        bad = replace(batches, loader=Decoder(1))
         with pytest.raises(TooManyBadSamples, match="100 images in a row"):
             list(stream._shelf_stream(bad, [Round(0, 4, (Part(0, 4, 0, 6),))], Shelf(keeper, "bad", 1)))
 
@@ -364,7 +370,7 @@ def test_a_source_ten_times_the_object_store_streams_in_bounded_memory(
     crops = MultiCrop(CropsConfig(global_size=160, local_size=48, num_local_crops=2), seed=0)
     plan = IndexPlan(len(split), 0, 64, Windows(256, np.asarray(split.units()).tobytes()))
     steps = len(split) // 64
-    batches = Batches(split=split, crops=crops, plan=plan, max_pixels=10**6, start_step=0, stop_step=steps)
+    batches = Batches(split=split, crops=crops, plan=plan, loader=Decoder(10**6), start_step=0, stop_step=steps)
     assert steps * 64 * batches.image_bytes > 3 * STORE_BYTES
     processes: dict[int, int] = {}
     seen = 0
@@ -431,7 +437,7 @@ def test_a_failing_task_names_its_reason(ray: Any, by_ray: list[int], tmp_path: 
     plan = IndexPlan(len(split), seed=3, batch_size=1)
     _, ids = plan.locate(np.arange(150))
     good = int(np.flatnonzero(ids < 20)[0])
-    batches = Batches(split=split, crops=CROPS, plan=plan, max_pixels=10_000, start_step=good, stop_step=good + 150)
+    batches = Batches(split=split, crops=CROPS, plan=plan, loader=LOADER, start_step=good, stop_step=good + 150)
     with pytest.raises(TooManyBadSamples, match=r"100 images in a row from .* are unreadable"):
         list(ray_batches(batches))
 

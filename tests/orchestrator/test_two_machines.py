@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from dino_core.config import CropsConfig
 from dino_core.crops import MultiCrop
 from orchestrator.data import stream
+from orchestrator.data.loaders import Decoder
 from orchestrator.data.plan import IndexPlan
 from orchestrator.data.split import Split
 from orchestrator.data.stream import Batches, ray_batches
@@ -73,7 +74,7 @@ def test_crops_stay_here_or_go_where_cpus_are(cluster: Any, tmp_path: Path, monk
         crops = MultiCrop(CropsConfig(global_size=8, num_local_crops=0), seed=0)
         split = Split(Recorder(folder), None)
         plan = IndexPlan(40, 0, 4)
-        batches = Batches(split=split, crops=crops, plan=plan, max_pixels=100, start_step=0, stop_step=10)
+        batches = Batches(split=split, crops=crops, plan=plan, loader=Decoder(100), start_step=0, stop_step=10)
         made = len(list(ray_batches(batches, data_cpus=1)))
         for path in folder.iterdir():  # the first batch is this process's own
             if int(path.name.split("-")[0]) in plan.locate(plan.positions(0))[1]:
