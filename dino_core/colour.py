@@ -1,4 +1,4 @@
-"""The colour tail of the augmentation: one batched function, the same on a CPU core and on an accelerator.
+"""The colour tail of the augmentation, batched: for an accelerator, for tiny crops, and for the tests of `colour_cpu`.
 
 It repeats what Pillow computes in the official pipeline, integer levels after every operation included, but on a whole
 batch with parameters of its own for each crop. Every intermediate value is either a whole number below 2^24 or the
@@ -221,8 +221,8 @@ def _hue(x: Tensor, values: Tensor) -> Tensor:
     out = torch.empty_like(x)
     for channel, (centre, sign, offset) in enumerate(HUE_RAMPS):
         weight = (angle - centre).abs_().mul_(sign).add_(offset).clamp_(0, 1)  # 1 where the channel is at its lowest
-        torch.sub(value, weight.mul_(scaled), out=out[:, channel])
-    return out.add_(0.5).floor_()
+        torch.sub(value, weight.mul_(scaled).round_(), out=out[:, channel])
+    return out
 
 
 def _grayscale(x: Tensor, _: Tensor) -> Tensor:

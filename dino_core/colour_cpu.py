@@ -1,13 +1,16 @@
 """The colour tail of the augmentation on a CPU core, crop by crop: OpenCV, look-up tables and numpy.
 
-What it computes is `colour.apply_colour`, level for level: every table and every step in between holds the same
-numbers. One thing is left to OpenCV's vector code: a blurred value exactly between two levels may go to either. Nothing
-here starts a thread or changes a setting of OpenCV: the functions used work in the calling thread, `cv2.LUT` as long as
-it is given less than 2^18 values.
+What it computes is `colour.apply_colour`, level for level: the tables hold, and the steps between them give, the same
+whole numbers on every machine. One thing is left to OpenCV's vector code: a blurred value exactly between two levels,
+one in some ten thousand, may go to either where the width of a crop is not a multiple of the vector's.
+
+Nothing here starts a thread or changes a setting of OpenCV, which belong to the process: the functions used work in the
+calling thread, `cv2.LUT` as long as all it is given is one row.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -24,7 +27,7 @@ Table = NDArray[np.uint8]
 
 _LEVELS = np.arange(256, dtype=np.float32)
 _SOLARIZED: Table = np.where(_LEVELS < 128, _LEVELS, 255 - _LEVELS).astype(np.uint8)
-_LUT_VALUES = 1 << 17  # in one call
+_PIECE = 1 << 16  # pixels worked on at a time, so that the scratch memory stays in the cache
 
 
 def apply_colour(crops: NDArray[np.uint8], params: NDArray[np.float32]) -> None:
@@ -50,10 +53,10 @@ class _Tail:
     """The tail of crops of one size; its scratch memory is what makes it an object."""
 
     def __init__(self, height: int, width: int) -> None:
-        self._planes = np.empty((10, height, width), dtype=np.uint8)
-        self._pairs = np.empty((height, width, 2), dtype=np.uint8)
-        self._index = self._pairs.view(np.uint16)[..., 0]
-        self._float = np.empty((5, height, width), dtype=np.float32)
+        size = min(height * width, _PIECE)
+        self._planes = np.empty((10, 1, size), dtype=np.uint8)
+        self._pairs = np.empty((1, size), dtype=np.uint16)
+        self._float = np.empty((5, 1, size), dtype=np.float32)
 
     def apply(self, crop: NDArray[np.uint8], params: list[float], kernel: NDArray[np.float32] | None) -> None:
         """Change `crop` uint8 [3, H, W] by one row of parameters; `kernel` is that of the blur, if there is one.
@@ -72,15 +75,18 @@ class _Tail:
             table = None
             if column == CONTRAST:
                 table = _blend_table(value, self._mean_luma(crop))
-            elif column == SATURATION:
-                self._saturate(crop, value)
-            else:
-                self._shift_hue(crop, value)
+                continue
+            for piece in _pieces(crop):
+                if column == SATURATION:
+                    self._saturate(piece, value)
+                else:
+                    self._shift_hue(piece, value)
         planes = crop
         if params[GRAYSCALE]:
             _look_up(crop, table)
             table = None
-            self._luma(crop, out=crop[0])
+            for piece in _pieces(crop):
+                self._luma(piece, out=piece[0])
             planes = crop[:1]
         if kernel is not None:
             _look_up(planes, table)
@@ -93,10 +99,22 @@ class _Tail:
         if params[GRAYSCALE]:
             crop[1:] = crop[0]
 
-    def _float_luma(self, crop: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """[3, H, W] the levels, [H, W] 65536 x ITU-R 601 luma + 1/2 of its unit, whole numbers below 2^24."""
-        x, luma, part = self._float[:3], self._float[3], self._float[4]
-        np.copyto(x, crop)
+    def _mean_luma(self, crop: NDArray[np.uint8]) -> int:
+        """The mean of the luma of a crop, rounded to a whole level."""
+        total = 0.0
+        for piece in _pieces(crop):
+            plane = self._planes[0, :, : piece.shape[2]]
+            self._luma(piece, out=plane)
+            total += cv2.sumElems(plane)[0]
+        return int(total / crop[0].size + 0.5)
+
+    def _luma(self, piece: NDArray[np.uint8], out: Plane) -> None:
+        np.copyto(out, self._float_luma(piece)[1], casting="unsafe")
+
+    def _float_luma(self, piece: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """[3, 1, n] the levels, [1, n] their luma, which is to be truncated."""
+        x, luma, part = self._float[:3, :, : piece.shape[2]], *self._float[3:, :, : piece.shape[2]]
+        np.copyto(x, piece)
         np.multiply(x[0], colour.LUMA_WEIGHTS[0], out=luma)
         for channel in (1, 2):
             np.multiply(x[channel], colour.LUMA_WEIGHTS[channel], out=part)
@@ -105,33 +123,26 @@ class _Tail:
         luma *= 1 / 65536
         return x, luma
 
-    def _luma(self, crop: NDArray[np.uint8], out: Plane) -> None:
-        np.copyto(out, self._float_luma(crop)[1], casting="unsafe")
-
-    def _mean_luma(self, crop: NDArray[np.uint8]) -> int:
-        plane = self._planes[0]
-        self._luma(crop, out=plane)
-        return int(cv2.sumElems(plane)[0] / plane.size + 0.5)
-
-    def _saturate(self, crop: NDArray[np.uint8], factor: float) -> None:
-        x, luma = (part.reshape(*part.shape[:-2], -1) for part in self._float_luma(crop))  # rows would be short loops
+    def _saturate(self, piece: NDArray[np.uint8], factor: float) -> None:
+        x, luma = self._float_luma(piece)
         np.floor(luma, out=luma)
         x -= luma
         x *= factor
         x += luma
         if factor > 1:
             np.clip(x, 0, 255, out=x)
-        np.copyto(crop.reshape(3, -1), x, casting="unsafe")
+        np.copyto(piece, x, casting="unsafe")
 
-    def _shift_hue(self, crop: NDArray[np.uint8], turns: float) -> None:
+    def _shift_hue(self, piece: NDArray[np.uint8], turns: float) -> None:
         """Through Pillow's 8-bit HSV, whose hue and saturation are looked up by pairs of levels.
 
         Which of the three comparisons around the wheel hold (red >= green >= blue >= red) tells its sixth; where one
         alone does, the hue falls from the next third of the wheel, otherwise it rises from the last one. Of the three
         new channels one has the highest level, one the lowest, and one a level in between.
         """
-        red, green, blue = crop
-        value, low, chroma, middle, code, falls, hue, part, lowest, between = self._planes
+        red, green, blue = piece
+        size = piece.shape[2]
+        value, low, chroma, middle, code, falls, hue, part, lowest, between = self._planes[:, :, :size]
         tables = _hue_tables()
         np.maximum(red, green, out=value)
         np.maximum(value, blue, out=value)
@@ -157,23 +168,24 @@ class _Tail:
         code |= part
         shift = int(turns * 255) % 256
         cv2.LUT(code, tables.thirds + np.uint8(shift), dst=hue)
-        cv2.merge([middle, chroma], dst=self._pairs)
-        cv2.LUT(self._index, tables.rise, dst=part)
-        cv2.LUT(self._index, tables.fall, dst=low)
+        pairs = self._pairs[:, :size]
+        np.multiply(chroma, 256, out=pairs, dtype=np.uint16)
+        pairs += middle
+        cv2.LUT(pairs, tables.rise, dst=part)
+        cv2.LUT(pairs, tables.fall, dst=low)
         cv2.copyTo(low, falls, dst=part)
         hue += part
 
-        cv2.merge([value, chroma], dst=self._pairs)
-        cv2.LUT(self._index, tables.lowest, dst=lowest)
-        depth, weight = self._float[:2]
-        cv2.LUT(self._index, tables.depth, dst=depth)
+        np.multiply(chroma, 256, out=pairs, dtype=np.uint16)
+        pairs += value
+        cv2.LUT(pairs, tables.lowest, dst=lowest)
+        depth, weight = self._float[:2, :, :size]
+        cv2.LUT(pairs, tables.depth, dst=depth)
         cv2.LUT(hue, tables.weight, dst=weight)
-        weight *= depth
-        np.subtract(value, weight, out=weight)
-        weight += 0.5
-        np.copyto(between, weight, casting="unsafe")
+        cv2.multiply(weight, depth, dst=between, dtype=cv2.CV_8U)
+        np.subtract(value, between, out=between)
         cv2.LUT(hue, tables.roles, dst=code)
-        for channel, plane in enumerate(crop):
+        for channel, plane in enumerate(piece):
             np.copyto(plane, between)
             for bit, source in ((1, value), (8, lowest)):
                 np.bitwise_and(code, bit << channel, out=part)
@@ -192,7 +204,7 @@ class _HueTables(NamedTuple):
     lowest: NDArray[np.uint8]
     """Of (value, chroma): the new lowest level"""
     depth: NDArray[np.float32]
-    """Of (value, chroma): how far it is below the value, before rounding"""
+    """Of (value, chroma): how far that is below the value, before rounding"""
     weight: NDArray[np.float32]
     """Of the new hue: the share of `depth` that the channel in between is below the value"""
     roles: NDArray[np.uint8]
@@ -209,7 +221,7 @@ def _hue_tables() -> _HueTables:
     thirds[[0b011, 0b110, 0b101, 0b010, 0b100, 0b001]] = 0, 85, 170, 85, 170, 255
     saturation = np.minimum(255 * second // np.maximum(first, 1), 255).astype(np.float32)
     depth = saturation * first.astype(np.float32) / np.float32(255)
-    lowest = np.floor(first.astype(np.float32) - depth + np.float32(0.5))
+    lowest = first - np.rint(depth)
     angle = _LEVELS * 6 / 255
     weights = np.stack(
         [(np.abs(angle - centre) * sign + offset).clip(0, 1) for centre, sign, offset in colour.HUE_RAMPS]
@@ -241,16 +253,21 @@ def _then(first: Table | None, second: Table) -> Table:
     return second if first is None else second[first]
 
 
+def _pieces(crop: NDArray[np.uint8]) -> Iterator[NDArray[np.uint8]]:
+    """Views [3, 1, n] of a crop [3, H, W]."""
+    pixels = crop.reshape(3, 1, -1)
+    for start in range(0, pixels.shape[2], _PIECE):
+        yield pixels[:, :, start : start + _PIECE]
+
+
 def _look_up(planes: NDArray[np.uint8], table: Table | None) -> None:
     if table is None:
         return
     levels = planes.reshape(1, -1)
-    for start in range(0, levels.shape[1], _LUT_VALUES):
-        part = levels[:, start : start + _LUT_VALUES]
-        cv2.LUT(part, table, dst=part)
+    cv2.LUT(levels, table, dst=levels)
 
 
 def _kernel(half: NDArray[np.float32]) -> NDArray[np.float32]:
-    """[2 r + 1] of one row of `colour.blur_weights`, without the zeros at its ends; OpenCV makes 8-bit numbers of it."""
+    """[2 r + 1] of one row of `colour.blur_weights`, without zeros at its ends; OpenCV makes whole numbers of it."""
     half = half[: np.flatnonzero(half)[-1] + 1]
-    return np.concatenate([half[:0:-1], half]) / np.float32(colour.BLUR_UNIT)
+    return (np.concatenate([half[:0:-1], half]) / colour.BLUR_UNIT).astype(np.float32)

@@ -2,7 +2,8 @@
 
 The crops of an image are a function of (seed, epoch, sample id, crop index) alone, so it does not matter which process
 makes them, in which batch, or in which order. `MultiCrop.make` crops on the CPU; `MultiCrop.finish` brings a batch to
-the model's device and normalises it there. The colour tail between the two runs in either place, with the same result.
+the model's device and normalises it there. The colour tail between the two runs in either place, with the same result
+but for ties of the blur (`colour_cpu`), which differ by one of 255 levels.
 
 Axes: B images, n local crops, S = 2 + n crops, crop-major batches [crops x B, 3, H, W].
 """
