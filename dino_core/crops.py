@@ -207,15 +207,23 @@ def _crop(
     places: defaultdict[tuple[int, int], list[tuple[int, int, int]]] = defaultdict(list)
     for row, (top, left, height, width) in enumerate(boxes.reshape(-1, 4).tolist()):
         places[height, width].append((row, top, left))
+    crops = torch.from_numpy(out)
+    mirrored: list[int] = []
     for (height, width), some in places.items():
         cut = np.empty((len(some), height, width, 3), dtype=np.uint8)
         for pixels, (row, top, left) in zip(cut, some, strict=True):
             pixels[...] = images[row // num][top : top + height, left : left + width]
-        resized = F.interpolate(
-            torch.from_numpy(cut).permute(0, 3, 1, 2), size=(side, side), mode="bicubic", antialias=True
-        )
-        for pixels, (row, _, _) in zip(resized.permute(0, 2, 3, 1).numpy(), some, strict=True):
-            cv2.split(cv2.flip(pixels, 1) if flips[row] else pixels, list(out[row]))
+        channels_last = torch.from_numpy(cut).permute(0, 3, 1, 2)
+        resized = F.interpolate(channels_last, size=(side, side), mode="bicubic", antialias=True)
+        if len(some) == 1:  # as with photos: OpenCV turns pixels into planes several times faster than torch
+            row, pixels = some[0][0], resized[0].permute(1, 2, 0).numpy()
+            cv2.split(cv2.flip(pixels, 1) if flips[row] else pixels, tuple(out[row]))
+        else:
+            rows = [row for row, _, _ in some]
+            crops[torch.tensor(rows)] = resized
+            mirrored += [row for row in rows if flips[row]]
+    if mirrored:
+        crops[torch.tensor(mirrored)] = crops[torch.tensor(mirrored)].flip(-1)
 
 
 def _colour(crops: NDArray[np.uint8], params: NDArray[np.float32]) -> None:
