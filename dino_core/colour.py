@@ -1,4 +1,4 @@
-"""The colour tail of the augmentation: one batched function, the same on a CPU core and on an accelerator.
+"""The colour tail of the augmentation, batched: for an accelerator, for tiny crops, and for the tests of `colour_cpu`.
 
 It repeats what Pillow computes in the official pipeline, integer levels after every operation included, but on a whole
 batch with parameters of its own for each crop. Every intermediate value is either a whole number below 2^24 or the
@@ -31,9 +31,18 @@ from torch.nn import functional as F
 BRIGHTNESS, CONTRAST, SATURATION, HUE, ORDER, GRAYSCALE, SIGMA, SOLARIZE = range(8)
 NUM_PARAMS = 8
 _JITTER = (BRIGHTNESS, CONTRAST, SATURATION, HUE)
-_ORDERS = np.array(list(itertools.permutations(_JITTER)))  # [24, 4]
-NUM_ORDERS = len(_ORDERS)
+ORDERS = np.array(list(itertools.permutations(_JITTER)))
+"""[24, 4] columns"""
+NUM_ORDERS = len(ORDERS)
 _NUM_BLENDS = 3
+
+LUMA_WEIGHTS = (19595.0, 38470.0, 7471.0)
+"""ITU-R 601 luma of red, green, blue in Pillow's fixed point: they sum to 65536."""
+HUE_RAMPS = ((3, -1, 2), (2, 1, -1), (4, 1, -1))
+"""How far red, green and blue are from the highest level towards the lowest, at an angle in sixths of a turn: sign x
+|angle - centre| + offset, cut to 0..1, of (centre, sign, offset)."""
+BLUR_UNIT = 256
+"""What a blur kernel sums to: with pixels of 8 bits, two passes of it are exact in float32."""
 
 _CPU_CHUNK = 1 << 19  # elements worked on at a time: a compromise between the caches and the price of a call
 _ACCELERATOR_CHUNK = 1 << 26  # bounds the temporaries at some hundred MB each
@@ -92,7 +101,7 @@ def _steps(params: NDArray[np.float32]) -> Iterator[_Step]:
     The hue of all crops is shifted in one step; the other three parts of the jitter, all blends, take at most three
     steps before and three after it.
     """
-    order = _ORDERS[params[:, ORDER].astype(np.int64)]  # [n, 4]
+    order = ORDERS[params[:, ORDER].astype(np.int64)]  # [n, 4]
     shift = np.trunc(params[:, HUE] * np.float32(255)) % 256
     shifted = np.flatnonzero(params[:, HUE])
     hue_place = np.where(params[:, HUE] != 0, (order == HUE).argmax(1), _NUM_BLENDS)  # blends in front of the hue
@@ -179,8 +188,8 @@ def _column(values: Tensor, column: int) -> Tensor:
 
 def _luma(x: Tensor) -> Tensor:
     """[m, 3, H, W] -> [m, 1, H, W]: ITU-R 601 luma in Pillow's 16-bit fixed point."""
-    luma = x[:, 0:1] * 19595.0
-    luma.add_(x[:, 1:2], alpha=38470.0).add_(x[:, 2:3], alpha=7471.0)
+    luma = x[:, 0:1] * LUMA_WEIGHTS[0]
+    luma.add_(x[:, 1:2], alpha=LUMA_WEIGHTS[1]).add_(x[:, 2:3], alpha=LUMA_WEIGHTS[2])
     return luma.add_(32768.0).mul_(1 / 65536).floor_()
 
 
@@ -210,10 +219,10 @@ def _hue(x: Tensor, values: Tensor) -> Tensor:
     scaled = saturation.mul_(value).div_(255)
     angle = hue.mul_(6).div_(255)
     out = torch.empty_like(x)
-    for channel, (centre, sign, offset) in enumerate(((3, -1, 2), (2, 1, -1), (4, 1, -1))):
+    for channel, (centre, sign, offset) in enumerate(HUE_RAMPS):
         weight = (angle - centre).abs_().mul_(sign).add_(offset).clamp_(0, 1)  # 1 where the channel is at its lowest
-        torch.sub(value, weight.mul_(scaled), out=out[:, channel])
-    return out.add_(0.5).floor_()
+        torch.sub(value, weight.mul_(scaled).round_(), out=out[:, channel])
+    return out
 
 
 def _grayscale(x: Tensor, _: Tensor) -> Tensor:
@@ -229,20 +238,20 @@ def blur_weights(sigma: NDArray[np.float32]) -> NDArray[np.float32]:
     """Half of a Gaussian kernel, [m, r + 1] from the centre outwards, for `sigma` [m] (> 0, pixels).
 
     Each crop's weights end at three of its own standard deviations; r is that of the widest. They are whole numbers,
-    and a full kernel sums to 65536.
+    and a full kernel sums to `BLUR_UNIT`.
     """
     width = sigma.astype(np.float64)[:, None]
     reach = np.ceil(3 * width)
     offsets = np.arange(int(reach.max()) + 1)
     weights = np.exp(-0.5 * (offsets / width) ** 2) * (offsets <= reach)
     weights /= weights[:, :1] + 2 * weights[:, 1:].sum(1, keepdims=True)
-    weights = np.rint(weights * 65536)
-    weights[:, 0] = 65536 - 2 * weights[:, 1:].sum(1)
+    weights = np.rint(weights * BLUR_UNIT)
+    weights[:, 0] = BLUR_UNIT - 2 * weights[:, 1:].sum(1)
     return weights.astype(np.float32)
 
 
 def _blur(x: Tensor, weights: Tensor) -> Tensor:
-    """Along each axis in turn, the edge pixel repeated beyond the edge, rounded to whole levels."""
+    """Along each axis in turn, the edge pixel repeated beyond the edge; rounded to whole levels once, half to even."""
     for dim in (3, 2):
         radius, size = weights.shape[1] - 1, x.shape[dim]
         padded = F.pad(x, (radius, radius, 0, 0) if dim == 3 else (0, 0, radius, radius), mode="replicate")
@@ -250,5 +259,5 @@ def _blur(x: Tensor, weights: Tensor) -> Tensor:
         for offset in range(1, radius + 1):
             pair = padded.narrow(dim, radius - offset, size) + padded.narrow(dim, radius + offset, size)
             total.addcmul_(pair, _column(weights, offset))
-        x = total.add_(32768.0).mul_(1 / 65536).floor_()
-    return x
+        x = total
+    return x.mul_(1 / BLUR_UNIT**2).round_()

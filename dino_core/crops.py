@@ -2,7 +2,8 @@
 
 The crops of an image are a function of (seed, epoch, sample id, crop index) alone, so it does not matter which process
 makes them, in which batch, or in which order. `MultiCrop.make` crops on the CPU; `MultiCrop.finish` brings a batch to
-the model's device and normalises it there. The colour tail between the two runs in either place, with the same result.
+the model's device and normalises it there. The colour tail between the two runs in either place, with the same result
+but for ties of the blur (`colour_cpu`), which differ by one of 255 levels.
 
 Axes: B images, n local crops, S = 2 + n crops, crop-major batches [crops x B, 3, H, W].
 """
@@ -15,17 +16,20 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
+import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from dino_core import colour
+from dino_core import colour, colour_cpu
 from dino_core.config import CropsConfig
 from dino_core.counter_rng import uniforms
 
 NUM_GLOBAL_CROPS = 2
+_SMALL_SIDE = 32  # pixels; crops below it are so cheap that calls cost more than arithmetic
+_CACHED_VALUES = 1 << 17
 _TRIES = 10
 _LOG_RATIO = (math.log(3 / 4), math.log(4 / 3))
 
@@ -144,21 +148,18 @@ class MultiCrop:
                 raise ValueError(f"an image must be uint8 [height, width, 3], not {image.dtype} {list(image.shape)}")
         sizes = np.array([image.shape[:2] for image in images], dtype=np.int64).reshape(-1, 2)
         plan = self.draw(sizes, epochs, sample_ids)
-        num_local, size = self.config.num_local_crops, self.config.local_size
-        groups = {"global_crops": (slice(0, NUM_GLOBAL_CROPS), NUM_GLOBAL_CROPS, self.config.global_size)}
-        if num_local:
-            groups["local_crops"] = (slice(NUM_GLOBAL_CROPS, None), num_local, size)
+        groups = {"global_crops": (slice(0, NUM_GLOBAL_CROPS), self.config.global_size)}
+        if self.config.num_local_crops:
+            groups["local_crops"] = (slice(NUM_GLOBAL_CROPS, None), self.config.local_size)
         arrays = {}
-        for name, (crops, num, side) in groups.items():
-            out = torch.empty((len(images) * num, 3, side, side), dtype=torch.uint8)
-            _crop(out, images, plan.boxes[:, crops])
-            flipped = torch.from_numpy(np.flatnonzero(plan.flips[:, crops]))
-            if len(flipped):
-                out[flipped] = out[flipped].flip(-1)
+        for name, (crops, side) in groups.items():
+            boxes, flips = plan.boxes[:, crops], plan.flips[:, crops]
+            out = np.empty((*flips.shape, 3, side, side), dtype=np.uint8)
+            rows = out.reshape(-1, 3, side, side)
+            _crop(rows, images, boxes, flips.ravel().tolist())
             if self.config.device == "cpu":
-                params = np.ascontiguousarray(plan.params[:, crops]).reshape(-1, colour.NUM_PARAMS)
-                out = colour.apply_colour(out, torch.from_numpy(params))
-            arrays[name] = out.view(len(images), num, 3, side, side).numpy()
+                _colour(rows, plan.params[:, crops].reshape(-1, colour.NUM_PARAMS))
+            arrays[name] = out
         if self.config.device == "accelerator":
             arrays["params"] = plan.params
         return arrays
@@ -180,11 +181,28 @@ class MultiCrop:
         """uint8 [B, crops, 3, H, W] -> float32 [crops * B, 3, H, W]"""
         if device.type == "cuda":
             crops = crops.pin_memory()  # a copy from pageable memory would wait for the device
-        images = crops.to(device, non_blocking=True).transpose(0, 1).flatten(0, 1)
+        images = crops.to(device, non_blocking=True).transpose(0, 1)
         if params is not None:
-            images = colour.apply_colour(images, params.transpose(0, 1).flatten(0, 1))
+            flat = colour.apply_colour(images.flatten(0, 1), params.transpose(0, 1).flatten(0, 1))
+            images = flat.view(images.shape)
         scale, shift = _normalisation(self.config.mean, self.config.std, device)
-        return images.float().mul_(scale).sub_(shift)
+        if device.type == "cpu":
+            return _normalised_on_cpu(images, scale, shift).flatten(0, 1)
+        return images.flatten(0, 1).float().mul_(scale).sub_(shift)
+
+
+def _normalised_on_cpu(images: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """uint8 [crops, B, 3, H, W] -> float32 of the same shape: levels x `scale` - `shift`.
+
+    The memory is numpy's, which asks for huge pages: getting ordinary ones costs several times as much as the
+    arithmetic. That is done on as many images at a time as stay in a core's cache.
+    """
+    out = torch.from_numpy(np.empty(images.shape, dtype=np.float32))
+    size = max(1, _CACHED_VALUES // images.shape[2:].numel())
+    for crop, normalised in zip(images, out, strict=True):
+        for levels, part in zip(crop.split(size), normalised.split(size), strict=True):
+            part.copy_(levels).mul_(scale).sub_(shift)
+    return out
 
 
 @lru_cache(maxsize=4)
@@ -194,21 +212,41 @@ def _normalisation(mean: tuple[float, ...], std: tuple[float, ...], device: torc
     return 1 / (255 * stds), means / stds
 
 
-def _crop(out: Tensor, images: Sequence[NDArray[np.uint8]], boxes: NDArray[np.int64]) -> None:
-    """Cut `boxes` [B, crops, 4] and resize each to its row of `out` uint8 [B * crops, 3, side, side].
+def _crop(
+    out: NDArray[np.uint8], images: Sequence[NDArray[np.uint8]], boxes: NDArray[np.int64], flips: Sequence[bool]
+) -> None:
+    """Cut `boxes` [B, crops, 4], resize each to its row of `out` uint8 [B * crops, 3, side, side], flip some.
 
     Cutting comes first: the filter must not see pixels outside the box. On a channels-last view torch's antialiased
     bicubic resize of uint8 is Pillow's, to rounding. Boxes of one size share a call, which matters for tiny images.
     """
-    side = (out.shape[2], out.shape[3])
+    side = out.shape[2]
     num = boxes.shape[1]
     places: defaultdict[tuple[int, int], list[tuple[int, int, int]]] = defaultdict(list)
     for row, (top, left, height, width) in enumerate(boxes.reshape(-1, 4).tolist()):
         places[height, width].append((row, top, left))
+    crops = torch.from_numpy(out)
+    mirrored: list[int] = []
     for (height, width), some in places.items():
-        cut = np.stack([images[row // num][top : top + height, left : left + width] for row, top, left in some])
-        resized = F.interpolate(torch.from_numpy(cut).permute(0, 3, 1, 2), size=side, mode="bicubic", antialias=True)
-        if len(some) == 1:
-            out[some[0][0]] = resized[0]
+        cut = np.empty((len(some), height, width, 3), dtype=np.uint8)
+        for pixels, (row, top, left) in zip(cut, some, strict=True):
+            pixels[...] = images[row // num][top : top + height, left : left + width]
+        channels_last = torch.from_numpy(cut).permute(0, 3, 1, 2)
+        resized = F.interpolate(channels_last, size=(side, side), mode="bicubic", antialias=True)
+        if len(some) == 1:  # as with photos: OpenCV turns pixels into planes several times faster than torch
+            row, pixels = some[0][0], resized[0].permute(1, 2, 0).numpy()
+            cv2.split(cv2.flip(pixels, 1) if flips[row] else pixels, tuple(out[row]))
         else:
-            out[torch.tensor([row for row, _, _ in some])] = resized
+            rows = [row for row, _, _ in some]
+            crops[torch.tensor(rows)] = resized
+            mirrored += [row for row in rows if flips[row]]
+    if mirrored:
+        crops[torch.tensor(mirrored)] = crops[torch.tensor(mirrored)].flip(-1)
+
+
+def _colour(crops: NDArray[np.uint8], params: NDArray[np.float32]) -> None:
+    """The colour tail of crops uint8 [n, 3, side, side] in place, by whichever way is faster at that size."""
+    if crops.shape[-1] < _SMALL_SIDE:
+        crops[:] = colour.apply_colour(torch.from_numpy(crops), torch.from_numpy(params)).numpy()
+    else:
+        colour_cpu.apply_colour(crops, params)
