@@ -39,7 +39,8 @@ from torch.distributed.run import parse_args
 
 from dino_core.checkpoint import latest_checkpoint, verify_checkpoint
 from orchestrator import cli
-from orchestrator.config import TrackingConfig
+from orchestrator.config import DataConfig, TrackingConfig
+from orchestrator.data.split import Source
 from orchestrator.errors import RunFailed
 from orchestrator.overrides import flatten, override
 from orchestrator.pretrain import pretrain
@@ -392,10 +393,18 @@ def test_the_printed_command_resumes_and_sigterm_interrupts_too(
     assert (folder / "metrics.jsonl").stat().st_size == size, "it trains on"
 
 
-def test_a_run_that_does_not_start_is_given_up(store: Store) -> None:
-    ended = command(*store.arguments(SLOW | {"pretrain.steps": ENDLESS, "cluster.start_timeout_s": 1e-3}))
+def test_a_run_that_does_not_start_is_given_up(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    from orchestrator.data import sources
+
+    def slow(config: DataConfig) -> Source:
+        time.sleep(3)
+        return original(config)
+
+    original = sources.open_source
+    monkeypatch.setattr("orchestrator.data.sources.open_source", slow)
+    ended = command(*store.arguments(SLOW | {"pretrain.steps": ENDLESS, "cluster.start_timeout_s": 1.0}))
     assert ended.code == 1, ended.output
-    assert "no first step within 0.001 s (cluster: no Ray)" in ended.output
+    assert "no first step within 1 s (cluster: no Ray)" in ended.output
     assert events(ended.folder) == ["started", "failed"]
     assert store.mlflow_run(ended.folder).info.status == "FAILED"
 
