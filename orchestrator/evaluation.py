@@ -133,7 +133,10 @@ class _Images:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def _choose_threads(self) -> int:
-        """As many as there are CPUs, of which training leaves all to an evaluation; one for tiny images."""
+        """As many as there are CPUs, of which training leaves all to an evaluation; one for tiny images, and more where
+        a service has to answer."""
+        if self._split.reads_at_once > 1:
+            return self._split.reads_at_once
         seconds = []
         for place in range(min(_PROBED_IMAGES, len(self._ids))):
             started = time.thread_time()

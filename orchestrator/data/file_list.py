@@ -80,7 +80,9 @@ def open_list(config: DataConfig, folder: Folder, name: str) -> Source:
         for part in rows
     ]
     content_hash = hashlib.sha256(content).digest()
-    return build_source("list", f"{folder.address}/{name}", parts, partial(_digest, content_hash, base, paths))
+    digest = partial(_digest, content_hash, base, paths)
+    is_remote = isinstance(base, RemoteFolder)
+    return build_source("list", f"{folder.address}/{name}", parts, digest, is_remote=is_remote)
 
 
 def _decode(config: DataConfig, content: bytes) -> str:

@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 
 from dino_core.config import ConfigError
 from orchestrator.config import DataConfig
+from orchestrator.data.storage import is_url
 
 DIGEST_LENGTH = 32
+_REMOTE_READS = 16
 
 
 class Reader(Protocol):
@@ -39,6 +41,8 @@ class Split:
     reader: Reader
     labels: NDArray[np.int64] | None
     """[len], places in the source's `classes`; None if any image lacks one."""
+    reads_at_once: int = 1
+    """Images to ask for at a time. More than one where an answer takes long and the processor waits for it."""
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -94,12 +98,14 @@ def build_source(
     parts: Sequence[tuple[Reader, Labels] | None],
     compute_digest: Callable[[], str],
     class_names: Sequence[str] = (),
+    is_remote: bool | None = None,
 ) -> Source:
     """A `Source` of readers and labels as they are stored (train, then test), the labels numbered over both.
 
     `class_names` says what labels that are numbers stand for; those beyond it, and all without it, are called by the
-    number.
+    number. `is_remote`: whether a service holds the images; None: if it holds what `location` names.
     """
+    reads_at_once = _REMOTE_READS if (is_url(location) if is_remote is None else is_remote) else 1
     found = [labels for part in parts if part is not None and (labels := part[1]) is not None]
     names = sorted({label for labels in found for label in labels})
     place = {name: index for index, name in enumerate(names)}
@@ -110,7 +116,7 @@ def build_source(
             continue
         reader, labels = part
         numbers = None if labels is None else np.fromiter((place[label] for label in labels), np.int64, len(reader))
-        splits.append(Split(reader, numbers))
+        splits.append(Split(reader, numbers, reads_at_once))
     train, test = splits
     assert train is not None
     called = (class_names[name] if isinstance(name, int) and name < len(class_names) else str(name) for name in names)

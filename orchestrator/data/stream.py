@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -58,11 +59,21 @@ def make_batch(
     epochs, wanted = plan.locate(positions)
     used, bad = wanted.copy(), np.full_like(wanted, -1)
     images: list[Any] = [None] * len(wanted)
-    for row in np.argsort(wanted, kind="stable"):  # neighbours on disk are read together
-        images[row], used[row] = _readable(split, loader, int(wanted[row]))
-        if used[row] != wanted[row]:
+    order = np.argsort(wanted, kind="stable")  # neighbours on disk are read together
+    read = partial(_readable, split, loader)
+    mapped = _pool(split.reads_at_once).map if split.reads_at_once > 1 else map
+    found = mapped(read, wanted[order].tolist())
+    for row, (image, sample) in zip(order, found, strict=True):
+        images[row], used[row] = image, sample
+        if sample != wanted[row]:
             bad[row] = wanted[row]
     return {**crops.make(images, epochs, used), "sample_id": used, "bad_id": bad}
+
+
+@lru_cache(maxsize=1)
+def _pool(num_threads: int) -> ThreadPoolExecutor:
+    """Threads of this process that wait for a storage service."""
+    return ThreadPoolExecutor(num_threads, thread_name_prefix="read")
 
 
 def _readable(split: Split, loader: Loader, sample: int) -> tuple[NDArray[np.uint8], int]:

@@ -147,6 +147,45 @@ def test_the_size_limit_reaches_the_decoder(folder: Split) -> None:
         make_batch(folder, Decoder(100), CROPS, IndexPlan(20, 0, 4), np.arange(4))
 
 
+class Far:
+    """A service that takes its time for every image; number 5 is not there."""
+
+    def __init__(self) -> None:
+        self.asked = self.most = 0
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return 24
+
+    def read(self, index: int) -> np.ndarray:
+        with self._lock:
+            self.asked += 1
+            self.most = max(self.most, self.asked)
+        time.sleep(0.02)
+        with self._lock:
+            self.asked -= 1
+        if index == 5:
+            raise FileNotFoundError(2, "no such object")
+        return np.full((9, 9, 3), index, dtype=np.uint8)
+
+    def name(self, index: int) -> str:
+        return str(index)
+
+    def units(self) -> None:
+        return None
+
+
+def test_images_of_a_service_are_asked_for_several_at_a_time() -> None:
+    plan = IndexPlan(24, seed=3, batch_size=24)
+    near, far = Split(Far(), None), Split(Far(), None, reads_at_once=16)
+    batches = [make_batch(split, LOADER, CROPS, plan, np.arange(24)) for split in (near, far)]
+    assert all(np.array_equal(batches[0][name], batches[1][name]) for name in batches[0])
+    assert 5 in batches[1]["bad_id"]
+    assert isinstance(near.reader, Far) and isinstance(far.reader, Far)
+    assert near.reader.most == 1
+    assert 4 <= far.reader.most <= 16
+
+
 # In this process
 
 
@@ -286,6 +325,14 @@ def test_two_ranks_at_once_make_the_global_batch(ray: Any, by_ray: list[int], fo
     parts = [ray_batches(batches_of(folder, stop_step=10, rank=rank, world_size=2), data_cpus=1) for rank in range(2)]
     for step, shares in enumerate(zip(*parts, strict=True)):
         assert equal({name: torch.cat([share[name] for share in shares]) for name in shares[0]}, whole[step])
+
+
+@pytest.mark.ray
+def test_more_streams_than_cpus_all_go_on(ray: Any, by_ray: list[int], folder: Split) -> None:
+    whole = batches_of(folder, stop_step=12)
+    trials = [ray_batches(replace(whole, crops=MultiCrop(CROPS.config, seed=seed)), data_cpus=2) for seed in range(6)]
+    # Six streams that may take twelve CPUs, of which there are four, consumed in step: each waits for all others.
+    assert sum(1 for _ in zip(*trials, strict=True)) == 12
 
 
 @pytest.mark.ray
