@@ -16,8 +16,8 @@ from dino_core.config import ConfigError
 
 if TYPE_CHECKING:
     from orchestrator.config import RunConfig
-    from orchestrator.data.convert import Converted, ConvertOptions
     from orchestrator.data.split import Source
+    from orchestrator.data.tools.convert import Converted, ConvertOptions
     from orchestrator.overrides import Key
 
 _GROUPS = {"inspect": ("data.", "pretrain.crops."), "convert": ("data.",)}
@@ -70,8 +70,8 @@ def inspect(source: str, settings: tuple[str, ...], as_json: bool, limit: int | 
     dino data inspect photos.parquet data.image_column=jpg pretrain.crops.global_size=518 --limit 10000
     """
     config, opened = _open("inspect", source, settings)
-    from orchestrator.data import inspect_text
-    from orchestrator.data.inspect import inspect as look
+    from orchestrator.data.tools import inspect_text
+    from orchestrator.data.tools.inspect import inspect as look
 
     crops = config.pretrain.crops
     total = sum(min(len(split), limit or len(split)) for split in (opened.train, opened.test) if split is not None)
@@ -131,8 +131,8 @@ def convert(
     dino data convert photos/ s3://bucket/photos --shorter-side 512
     """
     config, opened = _open("convert", source, settings)
-    from orchestrator.data.convert import ConvertOptions
-    from orchestrator.data.convert import convert as write
+    from orchestrator.data.tools.convert import ConvertOptions
+    from orchestrator.data.tools.convert import convert as write
 
     options = ConvertOptions(
         row_group_mb=row_group_mb,
@@ -166,8 +166,8 @@ def _open(command: str, source: str, settings: Sequence[str]) -> tuple[RunConfig
 
 
 def _summary(done: Converted, options: ConvertOptions) -> list[str]:
-    from orchestrator.data.convert import LEFT_OUT_FILE
-    from orchestrator.data.scan import show_bytes
+    from orchestrator.data.tools.convert import LEFT_OUT_FILE
+    from orchestrator.data.tools.scan import show_bytes
 
     images = " and ".join(f"{count:,} {name}" for name, count in done.images.items())
     lines = [f"{done.address}: {images} images in {done.files:,} {'file' if done.files == 1 else 'files'}, "]

@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 from dino_core.config import ConfigError
 from dino_core.counter_rng import absorb, root
 from orchestrator.config import DataConfig
-from orchestrator.data.arrow import open_arrow
-from orchestrator.data.folder import IMAGE_SUFFIXES, open_folder
-from orchestrator.data.parquet import open_parquet
 from orchestrator.data.patterns import is_pattern
-from orchestrator.data.saved_dataset import is_saved, open_saved
+from orchestrator.data.readers.arrow import open_arrow
+from orchestrator.data.readers.folder import IMAGE_SUFFIXES, open_folder
+from orchestrator.data.readers.parquet import open_parquet
+from orchestrator.data.readers.saved_dataset import is_saved, open_saved
 from orchestrator.data.split import DIGEST_LENGTH, build_source, choose_splits
 from orchestrator.data.split import Source as Source
 from orchestrator.data.split import Split as Split
@@ -51,7 +51,7 @@ def open_source(config: DataConfig) -> Source:
     if config.source == DIGITS:
         return _open_digits(config)
     if config.source.startswith(TORCHVISION):
-        from orchestrator.data.torchvision_sets import open_torchvision
+        from orchestrator.data.readers.torchvision_sets import open_torchvision
 
         return open_torchvision(config)
     return _open_files(config, _find(config.source))
@@ -91,11 +91,11 @@ def _open_files(config: DataConfig, place: Place) -> Source:
     if kind == "Parquet":
         return open_parquet(config, place)
     if kind == "tar":
-        from orchestrator.data.webdataset import open_tars
+        from orchestrator.data.readers.webdataset import open_tars
 
         return open_tars(config, place.folder, list(place.files))
     if kind == "list":
-        from orchestrator.data.file_list import open_list
+        from orchestrator.data.readers.file_list import open_list
 
         return open_list(config, place.folder, next(iter(place.files)))
     return (open_arrow if kind == "Arrow" else open_saved)(config, place)

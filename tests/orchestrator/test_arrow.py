@@ -18,8 +18,8 @@ from PIL import Image
 
 from dino_core.config import ConfigError
 from orchestrator.config import DataConfig
-from orchestrator.data import arrow, table
 from orchestrator.data.images import BadImage, decode, load_image
+from orchestrator.data.readers import arrow, table
 from orchestrator.data.sources import Source, open_source
 from orchestrator.data.split import Split
 

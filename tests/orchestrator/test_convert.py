@@ -22,12 +22,12 @@ from PIL import Image
 
 from dino_core.config import ConfigError
 from orchestrator.config import DataConfig
-from orchestrator.data.convert import Converted, ConvertOptions, convert, stored_order
-from orchestrator.data.encode import shrink
 from orchestrator.data.images import decode, load_image
 from orchestrator.data.sources import open_source
 from orchestrator.data.split import Source, Split
-from orchestrator.data.spool import Spool
+from orchestrator.data.tools.convert import Converted, ConvertOptions, convert, stored_order
+from orchestrator.data.tools.encode import shrink
+from orchestrator.data.tools.spool import Spool
 from orchestrator.errors import RunFailed
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -324,7 +324,7 @@ def test_a_url_is_written_and_cleaned_up(photos: Path, tmp_path: Path, monkeypat
 
 
 def test_a_spool_gives_back_by_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("orchestrator.data.spool._BUFFER_BYTES", 20)
+    monkeypatch.setattr("orchestrator.data.tools.spool._BUFFER_BYTES", 20)
     spool = Spool(tmp_path / "spool", np.array([0, 4, 5, 10]))
     for place in (9, 0, 3, 7, 1):
         spool.add(place, bytes([place]) * 6)

@@ -13,7 +13,7 @@ import pytest
 
 from dino_core.config import ConfigError
 from orchestrator.config import DataConfig
-from orchestrator.data.file_list import open_list
+from orchestrator.data.readers.file_list import open_list
 from orchestrator.data.split import Source
 from orchestrator.data.storage import LocalFolder, locate
 

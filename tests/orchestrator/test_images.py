@@ -295,7 +295,7 @@ def test_a_passing_fault_of_the_machine_costs_a_pause() -> None:
 LACK = """
 import resource, sys
 from pathlib import Path
-from orchestrator.data.folder import Files
+from orchestrator.data.readers.folder import Files
 from orchestrator.data.images import StorageError, decode, load_image
 from orchestrator.data.split import Split
 

@@ -29,8 +29,8 @@ from PIL import Image
 
 from dino_core.config import ConfigError
 from orchestrator.config import DataConfig
-from orchestrator.data import table
 from orchestrator.data.images import BadImage, load_image
+from orchestrator.data.readers import table
 from orchestrator.data.sources import Source, open_source
 from orchestrator.data.storage import RemoteFolder, connect, find, locate
 
@@ -358,7 +358,7 @@ def test_a_data_set_of_the_hub(tmp_path: Path) -> None:
     _Hub.files = {f"data/train-0000{part}-of-00002.parquet": parquet(10 * part, 6) for part in range(2)}
     code = """
 from orchestrator.config import DataConfig
-from orchestrator.data import table
+from orchestrator.data.readers import table
 from orchestrator.data.images import load_image
 from orchestrator.data.sources import open_source
 for path in ("data", "data/train-00001-of-00002.parquet", "data/*.parquet"):

@@ -19,8 +19,8 @@ from sklearn.datasets import load_digits
 
 from dino_core.config import ConfigError
 from orchestrator.config import DataConfig
-from orchestrator.data import table
 from orchestrator.data.images import decode, load_image
+from orchestrator.data.readers import table
 from orchestrator.data.sources import Source, open_source
 
 

@@ -23,10 +23,10 @@ from PIL import Image
 
 from dino_core.config import ConfigError
 from orchestrator.config import DataConfig
-from orchestrator.data import torchvision_sets
 from orchestrator.data.images import decode
+from orchestrator.data.readers import torchvision_sets
+from orchestrator.data.readers.torchvision_sets import open_torchvision
 from orchestrator.data.split import Source, Split
-from orchestrator.data.torchvision_sets import open_torchvision
 
 
 @pytest.fixture(autouse=True)

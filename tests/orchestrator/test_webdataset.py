@@ -18,10 +18,10 @@ import pytest
 
 from dino_core.config import ConfigError
 from orchestrator.config import DataConfig
-from orchestrator.data import tar_index, webdataset
+from orchestrator.data.readers import tar_index, webdataset
+from orchestrator.data.readers.tar_headers import TarError, Window, walk
 from orchestrator.data.split import Source
 from orchestrator.data.storage import LocalFolder, locate
-from orchestrator.data.tar_headers import TarError, Window, walk
 
 
 @pytest.fixture(autouse=True)

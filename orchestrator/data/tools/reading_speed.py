@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dino_core.config import CropsConfig
-from orchestrator.data.encode import shrink
 from orchestrator.data.images import decode
+from orchestrator.data.tools.encode import shrink
 
 Stored = bytes | NDArray[np.uint8]
 

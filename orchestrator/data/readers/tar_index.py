@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 
 from dino_core.config import ConfigError
 from orchestrator.config import DataConfig
-from orchestrator.data.folder import IMAGE_SUFFIXES
+from orchestrator.data.readers.folder import IMAGE_SUFFIXES
+from orchestrator.data.readers.tar_headers import TarError, Window, walk
 from orchestrator.data.storage import Folder, LocalFolder
-from orchestrator.data.tar_headers import TarError, Window, walk
 
 _VERSION = 1
 _LOCAL_BUFFER = 4 << 10  # a header and a small body; what lies between is skipped

@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 
 from dino_core.config import ConfigError
 from orchestrator.config import DataConfig
-from orchestrator.data import arrow
-from orchestrator.data.columns import split_rows
+from orchestrator.data.readers import arrow
+from orchestrator.data.readers.columns import split_rows
+from orchestrator.data.readers.table import File, StoredTable, Table, digest
 from orchestrator.data.split import Labels, Source, build_source, choose_splits
 from orchestrator.data.storage import Folder, Place
-from orchestrator.data.table import File, StoredTable, Table, digest
 
 if TYPE_CHECKING:
     pass

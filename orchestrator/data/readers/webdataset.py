@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 
 from dino_core.config import ConfigError
 from orchestrator.config import DataConfig
+from orchestrator.data.readers.tar_index import Choice, Shard, ShardIndex, index_shard
+from orchestrator.data.readers.text_labels import are_numbers, choose_labels
 from orchestrator.data.split import DIGEST_LENGTH, Labels, Source, build_source, choose_splits, unknown
 from orchestrator.data.storage import Folder, LocalFolder
-from orchestrator.data.tar_index import Choice, Shard, ShardIndex, index_shard
-from orchestrator.data.text_labels import are_numbers, choose_labels
 
 _STRETCH_BYTES = 8 << 20
 _STRETCH_IMAGES = 64

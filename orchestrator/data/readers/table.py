@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from dino_core.config import ConfigError
 from orchestrator.config import DataConfig
-from orchestrator.data.columns import Columns, Features, choose_columns, labels_of, schema_features, split_rows
+from orchestrator.data.readers.columns import Columns, Features, choose_columns, labels_of, schema_features, split_rows
 from orchestrator.data.split import DIGEST_LENGTH, Labels, Source, build_source
 from orchestrator.data.storage import Folder, Place
 

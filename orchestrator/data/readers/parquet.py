@@ -7,9 +7,9 @@ from functools import lru_cache
 from typing import IO, TYPE_CHECKING
 
 from orchestrator.config import DataConfig
+from orchestrator.data.readers.table import File, Format, Head, kept_open, open_table
 from orchestrator.data.split import Source
 from orchestrator.data.storage import LocalFolder, Place
-from orchestrator.data.table import File, Format, Head, kept_open, open_table
 
 if TYPE_CHECKING:
     import pyarrow as pa

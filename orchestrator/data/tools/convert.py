@@ -22,13 +22,13 @@ from numpy.typing import NDArray
 from dino_core.config import ConfigError
 from dino_core.counter_rng import absorb, root
 from orchestrator.config import DataConfig
-from orchestrator.data.destination import Destination, local_path, new_folder
-from orchestrator.data.encode import shrink, to_png
 from orchestrator.data.images import BadImage, decode
-from orchestrator.data.parquet_writer import Row, schema_of, write_shard
-from orchestrator.data.scan import available_cores, evenly_spread, in_order, printable, read_stored, show_bytes
 from orchestrator.data.split import Source, Split
-from orchestrator.data.spool import Spool
+from orchestrator.data.tools.destination import Destination, local_path, new_folder
+from orchestrator.data.tools.encode import shrink, to_png
+from orchestrator.data.tools.parquet_writer import Row, schema_of, write_shard
+from orchestrator.data.tools.scan import available_cores, evenly_spread, in_order, printable, read_stored, show_bytes
+from orchestrator.data.tools.spool import Spool
 from orchestrator.errors import RunFailed
 
 MANIFEST_FILE = "manifest.json"

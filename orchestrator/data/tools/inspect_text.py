@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from dino_core.config import CropsConfig
 from orchestrator.config import DataConfig
-from orchestrator.data.inspect import ELONGATED, Inspection, Range, SplitReport
-from orchestrator.data.scan import show_bytes, show_number
+from orchestrator.data.tools.inspect import ELONGATED, Inspection, Range, SplitReport
+from orchestrator.data.tools.scan import show_bytes, show_number
 
 if TYPE_CHECKING:
     from rich.table import Table

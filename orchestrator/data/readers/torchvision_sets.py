@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 
 from dino_core.config import ConfigError
 from orchestrator.config import DataConfig
-from orchestrator.data.file_list import hash_files
-from orchestrator.data.folder import Files
+from orchestrator.data.readers.file_list import hash_files
+from orchestrator.data.readers.folder import Files
 from orchestrator.data.split import DIGEST_LENGTH, Labels, Source, Split, build_source, choose_splits
 from orchestrator.data.storage import LocalFolder
 

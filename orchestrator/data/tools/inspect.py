@@ -20,9 +20,9 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from dino_core.config import CropsConfig
 from orchestrator.config import DataConfig
 from orchestrator.data.images import BadImage, decode
-from orchestrator.data.reading_speed import Speed, measure_speed
-from orchestrator.data.scan import available_cores, evenly_spread, in_order, printable, read_stored
 from orchestrator.data.split import Source, Split
+from orchestrator.data.tools.reading_speed import Speed, measure_speed
+from orchestrator.data.tools.scan import available_cores, evenly_spread, in_order, printable, read_stored
 
 SPEED_SAMPLE = 64
 """Images by which the speed is measured."""

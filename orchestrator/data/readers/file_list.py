@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 
 from dino_core.config import ConfigError
 from orchestrator.config import DataConfig
-from orchestrator.data.folder import IMAGE_SUFFIXES, Files
+from orchestrator.data.readers.folder import IMAGE_SUFFIXES, Files
+from orchestrator.data.readers.text_labels import are_numbers, choose_labels
 from orchestrator.data.split import DIGEST_LENGTH, Labels, Source, build_source, choose_splits, unknown
 from orchestrator.data.storage import Folder, LocalFolder, RemoteFolder, locate
-from orchestrator.data.text_labels import are_numbers, choose_labels
 
 LIST_SUFFIXES = frozenset((".txt", ".csv", ".tsv"))
 
