@@ -277,8 +277,10 @@ def _tune(plan: _Plan, open_trials: list[str], ledger: Ledger) -> None:
             verbose=0,
         ),
     )
-    with shelf_for_trials(config):
+    with shelf_for_trials(config) as shared_crops:
         tuner.fit()
+        if shared_crops is not None:
+            print(shared_crops.report(), flush=True)
 
 
 def _scheduler(definition: Mapping[str, Any], longest: int) -> TrialScheduler | None:

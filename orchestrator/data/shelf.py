@@ -136,9 +136,28 @@ class Shelf:
             yield ray.get(made)
 
 
+@dataclass(frozen=True)
+class SharedCrops:
+    """The driver's end of the shelf."""
+
+    keeper: Any
+
+    def traffic(self) -> Traffic:
+        """What has gone over the shelf so far."""
+        import ray
+
+        found: Traffic = ray.get(self.keeper.traffic.remote())
+        return found
+
+    def report(self) -> str:
+        """One line for people."""
+        made, taken = self.traffic()
+        return f"shared crops: {taken:,} parts used, of which {made:,} were made"
+
+
 @contextmanager
-def shelf_for_trials(config: RunConfig) -> Generator[Any]:
-    """The actor of a sweep whose trials share crops (`cluster.share_crops`), or None; needs a connection to Ray."""
+def shelf_for_trials(config: RunConfig) -> Generator[SharedCrops | None]:
+    """What the trials of a sweep share crops by (`cluster.share_crops`), or None; needs a connection to Ray."""
     if not config.cluster.share_crops:
         yield None
         return
@@ -147,7 +166,7 @@ def shelf_for_trials(config: RunConfig) -> Generator[Any]:
     store = ray.cluster_resources()["object_store_memory"]
     keeper: Any = ray.remote(_Keeper).options(name=_ACTOR, num_cpus=0).remote(int(_STORE_SHARE * store))
     try:
-        yield keeper
+        yield SharedCrops(keeper)
     finally:
         ray.kill(keeper)
 

@@ -371,23 +371,24 @@ def test_trials_share_what_one_of_them_made(ray: Any, folder: Split, monkeypatch
     expected = list(local_batches(batches))
     config = override(RunConfig(), {"cluster.share_crops": True})
     assert find_shelf(config, 0, 2) is None  # a run alone
-    with shelf_for_trials(config) as keeper:
+    with shelf_for_trials(config) as shared:
+        assert shared is not None
         shelves = [find_shelf(config, 0, 2) for _ in range(3)]
         trials = [ray_batches(batches, shelf=shelf) for shelf in shelves[:2]]
         for want, *made in zip(expected, *trials, strict=True):
             assert all(equal(want, batch) for batch in made)
-        made, taken = ray.get(keeper.traffic.remote())
+        made, taken = shared.traffic()
         assert taken == 2 * made > 0
         # One that comes later takes all that is kept; one of another seed takes nothing.
         assert all_equal(list(ray_batches(replace(batches, start_step=9), shelf=shelves[2])), expected[9:])
-        later = ray.get(keeper.traffic.remote())
+        later = shared.traffic()
         assert later.made <= made + 1  # the cut at its first step
         other = find_shelf(override(config, {"pretrain.seed": 5}), 0, 2)
         assert other is not None
         plan = replace(batches.plan, seed=5)
         mine = replace(batches, plan=plan, crops=MultiCrop(CROPS.config, seed=5))
         assert all_equal(list(ray_batches(mine, shelf=other)), list(local_batches(mine)))
-        assert ray.get(keeper.traffic.remote()).made > later.made
+        assert shared.traffic().made > later.made
     assert find_shelf(config, 0, 2) is None
 
 
@@ -398,14 +399,16 @@ def test_a_full_shelf_forgets_and_has_made_again(ray: Any, folder: Split, monkey
     monkeypatch.setattr(tasks, "_MAX_TASK_STEPS", 4)
     config = override(RunConfig(), {"cluster.share_crops": True})
     batches = batches_of(folder)
-    with shelf_for_trials(config) as keeper:
+    with shelf_for_trials(config) as shared:
+        assert shared is not None
         for _ in range(2):  # one after the other
             assert all_equal(list(ray_batches(batches, shelf=find_shelf(config, 0, 2))), list(local_batches(batches)))
-        made, taken = ray.get(keeper.traffic.remote())
+        made, taken = shared.traffic()
         assert made == taken == 16
+        assert shared.report() == "shared crops: 16 parts used, of which 16 were made"
         bad = replace(batches, loader=Decoder(1))
         with pytest.raises(TooManyBadSamples, match="100 images in a row"):
-            list(stream._shelf_stream(bad, [Round(0, 4, (Part(0, 4, 0, 6),))], Shelf(keeper, "bad", 1)))
+            list(stream._shelf_stream(bad, [Round(0, 4, (Part(0, 4, 0, 6),))], Shelf(shared.keeper, "bad", 1)))
 
 
 @pytest.mark.ray
