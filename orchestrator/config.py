@@ -66,7 +66,8 @@ class ClusterConfig(CheckedConfig):
     cpus_per_worker: int = number(1, ge=1)
     """CPU cores of each training process, and its torch threads."""
     data_cpus: int = number(2, ge=1)
-    """CPU cores that decode and crop images at the same time, for each run."""
+    """CPU cores that decode and crop images at the same time, for each run; every worker has an equal whole share of
+    them, at least one."""
     decoded_cache_gb: float = number(0.0, ge=0)
     """Decoded images kept on each machine, up to this size, so that the next epoch or trial need not decode them; 0:
     none."""

@@ -102,6 +102,7 @@ class Demand:
     """All training processes together."""
     gpus: int
     data_cpus: int
+    """`cluster.data_cpus`, in equal whole shares of at least one for each worker."""
 
     @classmethod
     def of(cls, config: RunConfig) -> Demand:
@@ -110,7 +111,7 @@ class Demand:
             workers=cluster.num_workers,
             cpus=cluster.num_workers * cluster.cpus_per_worker,
             gpus=cluster.num_workers if cluster.use_gpu else 0,
-            data_cpus=cluster.data_cpus,
+            data_cpus=cluster.num_workers * max(1, cluster.data_cpus // cluster.num_workers),
         )
 
 

@@ -29,6 +29,8 @@ import lmdb
 import numpy as np
 from numpy.typing import NDArray
 
+from orchestrator.data.images import BadImage
+
 logger = logging.getLogger(__name__)
 
 _DATA = "data.mdb"  # LMDB's name for it
@@ -93,7 +95,11 @@ class DecodedCache:
         self._hits += 1
         if self._hits > _CHECKED_HITS:
             return kept
-        image = decode()
+        try:
+            image = decode()
+        except BadImage:
+            self._discard(env, "holds an image that cannot be read any more")
+            raise
         if not np.array_equal(kept, image):
             self._discard(env, "holds an image that is another one by now")
         return image

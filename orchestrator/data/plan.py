@@ -36,8 +36,8 @@ def windowed_permutation(
     """The sample ids [num_samples] in the windowed order of one epoch. Read-only.
 
     The units of storage are put in random order and dealt to lanes, stretch by stretch. Lane i of l has the i-th of l
-    equal shares of the rows of every global batch, and mixes its samples within windows of `window` / l. So a batch
-    mixes l distant stretches of the order of units, while the rows of one rank, of l / w lanes, read each unit once.
+    equal shares of the rows of every global batch, and mixes its samples within windows of some steps. So a batch mixes
+    l distant stretches of the order of units, while the rows of one rank, of l / w lanes, read each unit once.
 
     Args:
         num_samples, seed, epoch: Of the run.
@@ -51,17 +51,19 @@ def windowed_permutation(
     begins = np.cumsum(lengths) - lengths
     sequence = np.arange(num_samples) + np.repeat(starts[order] - begins, lengths)
 
-    lanes = num_lanes(batch_size, window)
-    lane_of_place = (epoch * num_samples + np.arange(num_samples)) % batch_size * lanes // batch_size
+    steps, rows = np.divmod(epoch * num_samples + np.arange(num_samples), batch_size)
+    lane_of_place = rows * num_lanes(batch_size, window) // batch_size
     places = np.argsort(lane_of_place, kind="stable")  # lane by lane, as `sequence` is dealt
-    counts = np.bincount(lane_of_place, minlength=lanes)
-    lane = np.repeat(np.arange(lanes), counts)
-    within = np.arange(num_samples) - np.repeat(np.cumsum(counts) - counts, counts)
     keys = _keys(num_samples, seed, _WINDOWS, epoch)[sequence]
-    mixed = np.lexsort((keys, within // max(1, window // lanes), lane))
+    mixed = np.lexsort((keys, steps[places] // window_steps(batch_size, window), lane_of_place[places]))
     ids = np.empty(num_samples, dtype=np.int64)
     ids[places] = sequence[mixed]
     return _frozen(ids)
+
+
+def window_steps(batch_size: int, window: int) -> int:
+    """Steps of a window of about `window` images; windows begin at its multiples."""
+    return max(1, round(window / batch_size))
 
 
 def num_lanes(batch_size: int, window: int) -> int:
@@ -157,10 +159,7 @@ class IndexPlan:
         """Equal shares of the rows of a batch that read different units; 1 where the order has no windows."""
         return 1 if self.windows is None else num_lanes(self.batch_size, self.windows.size)
 
-    def next_window(self, step: int) -> int | None:
-        """The first step after `step` that begins in another window or epoch; None where the order has no windows."""
-        if self.windows is None:
-            return None
-        epoch, place = divmod(step * self.batch_size, self.num_samples)
-        end = min((place // self.windows.size + 1) * self.windows.size, self.num_samples)
-        return max(step + 1, -(-(epoch * self.num_samples + end) // self.batch_size))
+    @property
+    def window_steps(self) -> int | None:
+        """Windows begin at the multiples of this many steps; None where the order has none."""
+        return None if self.windows is None else window_steps(self.batch_size, self.windows.size)

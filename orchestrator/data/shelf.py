@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import OrderedDict, deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -23,16 +23,27 @@ if TYPE_CHECKING:
     import numpy as np
 
     from orchestrator.data.stream import Batches
-    from orchestrator.data.tasks import Part
+    from orchestrator.data.tasks import Part, Sizes
 
 _ACTOR = "shared-crops"
-_STORE_SHARE = 0.25  # of the cluster's object store for parts that nobody may want any more
+_STORE_SHARE = 0.25  # of one machine's object store for parts that nobody may want any more
+_MAX_STREAMS = 32  # whose batches, small next to their crops, are kept
+_SAME_CROPS = frozenset(
+    (
+        *("data.label_column", "data.test_split", "data.max_bad_fraction", "data.download"),
+        *("pretrain.crops.mean", "pretrain.crops.std"),
+    )
+)
 
 
 def stream_key(config: RunConfig) -> str:
     """Equal for runs that see the same crops in the same order, dealt to as many workers."""
     values = flatten(config)
-    chosen = {name: value for name, value in values.items() if name.startswith(("data.", "pretrain.crops."))}
+    chosen = {
+        name: value
+        for name, value in values.items()
+        if name.startswith(("data.", "pretrain.crops.")) and name not in _SAME_CROPS
+    }
     chosen |= {name: values[name] for name in ("pretrain.seed", "pretrain.batch_size", "cluster.num_workers")}
     return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
 
@@ -58,13 +69,13 @@ class _Keeper:
         self._max_bytes = max_bytes
         self._bytes = 0
         self._parts: OrderedDict[tuple[Any, ...], tuple[Any, int]] = OrderedDict()
-        self._batches: dict[str, Any] = {}
-        self._steps: dict[str, int] = {}
+        self._batches: OrderedDict[str, Any] = OrderedDict()
+        self._sizes: dict[str, Sizes] = {}
         self._made = self._taken = 0
 
-    def agree(self, key: str, steps: int) -> int:
-        """The steps per task of a stream: what the first to ask proposes."""
-        return self._steps.setdefault(key, steps)
+    def agree(self, key: str, sizes: Sizes) -> Sizes:
+        """The sizes of the tasks of a stream: what the first to ask proposes."""
+        return self._sizes.setdefault(key, sizes)
 
     def part(self, key: str, part: Part, num_bytes: int, batches: list[Any], options: dict[str, Any]) -> list[Any]:
         """The reference of a part, ready or in the making; in a list, lest Ray wait for it."""
@@ -74,6 +85,8 @@ class _Keeper:
         if name not in self._parts:
             if key not in self._batches:  # a copy of the actor's own, for the trial that sent it may end
                 self._batches[key] = ray.remote(_same).options(num_cpus=0, **options).remote(*batches)
+                if len(self._batches) > _MAX_STREAMS:
+                    self._batches.popitem(last=False)
             made = ray.remote(_make).options(num_cpus=1, **options).remote(self._batches[key], part)
             self._parts[name] = (made, num_bytes)
             self._made += 1
@@ -83,6 +96,13 @@ class _Keeper:
         self._parts.move_to_end(name)
         self._taken += 1
         return [self._parts[name][0]]
+
+    def forget(self, key: str, part: Part, made: list[Any]) -> None:
+        """Have a part made anew that could not be had by the reference in `made`."""
+        name = (key, *part)
+        if name in self._parts and [self._parts[name][0]] == made:
+            self._bytes -= self._parts.pop(name)[1]
+            self._batches.pop(key, None)  # perhaps they were lost with the trial that sent them
 
     def traffic(self) -> Traffic:
         return Traffic(self._made, self._taken)
@@ -113,27 +133,47 @@ class Shelf:
     key: str
     ahead: int
 
-    def agree(self, steps: int) -> int:
-        """Steps per task that all trials of this stream cut at; `steps` if this is the first."""
+    def agree(self, sizes: Sizes) -> Sizes:
+        """The sizes of tasks by which all trials of this stream cut it; `sizes` if this is the first."""
         import ray
 
-        agreed: int = ray.get(self.keeper.agree.remote(self.key, steps))
+        agreed: Sizes = ray.get(self.keeper.agree.remote(self.key, sizes))
         return agreed
 
     def take(self, batches: Batches, parts: Sequence[Part]) -> Iterator[dict[str, np.ndarray]]:
-        """What the parts hold, in order; read-only."""
+        """What the parts hold, in order; read-only.
+
+        Raises RayError if a part cannot be made, at the second attempt.
+        """
         import ray
 
         sent = [ray.put(batches)]
         options = prefer_this_machine()
+
+        def ask(part: Part) -> Any:
+            num_bytes = (part.stop - part.start) * part.rows * batches.image_bytes
+            return self.keeper.part.remote(self.key, part, num_bytes, sent, options)
+
         asked: deque[Any] = deque()
-        for number in range(len(parts)):
+        for number, part in enumerate(parts):
             while len(asked) <= self.ahead and number + len(asked) < len(parts):
-                part = parts[number + len(asked)]
-                num_bytes = (part.stop - part.start) * part.rows * batches.image_bytes
-                asked.append(self.keeper.part.remote(self.key, part, num_bytes, sent, options))
-            (made,) = ray.get(asked.popleft())
-            yield ray.get(made)
+                asked.append(ask(parts[number + len(asked)]))
+            yield self._arrays(part, ray.get(asked.popleft()), ask)
+
+    def _arrays(self, part: Part, made: list[Any], ask: Callable[[Part], Any]) -> dict[str, np.ndarray]:
+        import ray
+        from ray.exceptions import RayError
+
+        try:
+            return ray.get(made[0])
+        except RayError:  # this may have befallen another trial's task: once more, by one of our own
+            ray.get(self.keeper.forget.remote(self.key, part, made))
+        made = ray.get(ask(part))
+        try:
+            return ray.get(made[0])
+        except RayError:
+            self.keeper.forget.remote(self.key, part, made)  # for whoever asks next
+            raise
 
 
 @dataclass(frozen=True)
@@ -163,7 +203,7 @@ def shelf_for_trials(config: RunConfig) -> Generator[SharedCrops | None]:
         return
     import ray
 
-    store = ray.cluster_resources()["object_store_memory"]
+    store = min(node["Resources"]["object_store_memory"] for node in ray.nodes() if node["Alive"])
     keeper: Any = ray.remote(_Keeper).options(name=_ACTOR, num_cpus=0).remote(int(_STORE_SHARE * store))
     try:
         yield SharedCrops(keeper)

@@ -29,7 +29,7 @@ from orchestrator.data.loaders import Loader
 from orchestrator.data.plan import IndexPlan
 from orchestrator.data.shelf import Shelf, prefer_this_machine
 from orchestrator.data.sources import Split
-from orchestrator.data.tasks import Cost, Limits, Part, Round, Share, in_executions, max_steps_per_task, plan_rounds
+from orchestrator.data.tasks import Cost, Limits, Part, Round, Share, Sizes, in_executions, plan_rounds
 
 Batch = dict[str, Tensor]
 """What `MultiCrop.make` returns, with `sample_id` int64 [B] (the samples whose crops these are) and `bad_id` int64 [B]
@@ -168,16 +168,20 @@ def ray_batches(
     first = batches.make(batches.start_step)
     seconds = time.perf_counter() - started
     head_stop = min(batches.stop_step, batches.start_step + math.ceil(_HEAD_SECONDS / seconds))
-    cost = Cost(seconds, batches.rows * batches.image_bytes)
-    limits = Limits.of_store(_store_share(data_cpus), data_cpus)
-    steps = None if shelf is None else shelf.agree(max_steps_per_task(cost, limits))
-    rounds = plan_rounds(batches.plan, head_stop, batches.stop_step, batches.share, cost, limits, steps)
+    store_bytes = _store_share(data_cpus)
+    sizes = Sizes(Cost(seconds, batches.rows * batches.image_bytes), Limits.of_store(store_bytes, data_cpus))
+    if shelf is not None:
+        sizes = shelf.agree(sizes)
+    rounds = plan_rounds(batches.plan, head_stop, batches.stop_step, batches.share, sizes, aligned=shelf is not None)
     executions = in_executions(rounds)
     upcoming = next(executions, None)
     running: list[_Execution] = []
 
     def begin(rounds: Sequence[Round]) -> None:
-        stream = _ray_stream(batches, rounds, data_cpus) if shelf is None else _shelf_stream(batches, rounds, shelf)
+        if shelf is None:
+            stream = _ray_stream(batches, rounds, data_cpus, store_bytes)
+        else:
+            stream = _shelf_stream(batches, rounds, shelf)
         running.append(_Execution(stream, prefetch))
 
     try:
@@ -219,7 +223,7 @@ def assemble(parts: Iterator[dict[str, np.ndarray]], rounds: Iterable[Round]) ->
                 yield as_tensors({name: np.concatenate([some[name] for some in rows]) for name in rows[0]})
 
 
-def _ray_stream(batches: Batches, rounds: Sequence[Round], cpus: float) -> Generator[Batch]:
+def _ray_stream(batches: Batches, rounds: Sequence[Round], cpus: float, store_bytes: float) -> Generator[Batch]:
     """One Ray Data execution over the parts of `rounds`; it starts with the first `next`."""
     import ray
     from ray.exceptions import RayTaskError
@@ -233,7 +237,9 @@ def _ray_stream(batches: Batches, rounds: Sequence[Round], cpus: float) -> Gener
     # The dataset's own settings: nothing leaks into those of the process.
     context = dataset.context
     context.execution_options.preserve_order = True
-    context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(cpu=cpus)
+    # Half of the store's share: near its end an execution overlaps with the next.
+    limits = ray.data.ExecutionResources.for_limits(cpu=cpus, object_store_memory=store_bytes / 2)
+    context.execution_options.resource_limits = limits
     context.target_max_block_size = None  # a part stays whole
     context.enable_progress_bars = False
     context.execution_no_progress_timeout_s = -1  # a long evaluation stops the flow, and may

@@ -1,6 +1,7 @@
 """How the batches of a worker are cut into tasks: a task makes some rows of some consecutive batches.
 
-Where any image may follow any other, a task makes whole batches, about a second of work. In the windowed order a round
+Where any image may follow any other, a task makes whole batches, or some rows of a large one, about a second of work. In
+the windowed order a round
 of tasks makes the batches of one window together, each of them the rows of some lanes: so each unit of storage is read
 by one task, once.
 """
@@ -89,14 +90,28 @@ class Share(NamedTuple):
         return cls(rows, (0, *(bound for bound in bounds if 0 < bound < rows), rows))
 
 
+class Sizes(NamedTuple):
+    """What decides how large tasks are."""
+
+    cost: Cost
+    limits: Limits
+
+    @property
+    def max_steps(self) -> int:
+        """Batches that are worth a task and fit into one."""
+        cost, limits = self
+        return max(
+            1, min(math.ceil(_TASK_SECONDS / cost.seconds), limits.task_bytes // cost.num_bytes, _MAX_TASK_STEPS)
+        )
+
+    def num_tasks(self, steps: int, most: int) -> int:
+        """Tasks, at least one and at `most` so many, that make so many batches together."""
+        seconds, num_bytes = (steps * each for each in self.cost)
+        return max(1, min(most, math.ceil(max(seconds / _TASK_SECONDS, num_bytes / self.limits.task_bytes))))
+
+
 def plan_rounds(
-    plan: IndexPlan,
-    start: int,
-    stop: int,
-    share: Share,
-    cost: Cost,
-    limits: Limits,
-    steps_per_task: int | None = None,
+    plan: IndexPlan, start: int, stop: int, share: Share, sizes: Sizes, *, aligned: bool = False
 ) -> Iterator[Round]:
     """The rounds that make the steps from `start` up to `stop` of one worker, in order.
 
@@ -104,41 +119,45 @@ def plan_rounds(
         plan: The order of the run.
         start, stop: Steps.
         share: The worker's rows.
-        cost: Of one batch of these.
-        limits: Of the memory that their crops may take.
-        steps_per_task: Cut at multiples of it and nowhere else, so that others cut at the same steps; None: the first
-            tasks are short, for someone is waiting for them. The windowed order is cut by its windows either way.
+        sizes: Of the tasks.
+        aligned: Cut where others with the same `sizes` do, wherever they started. Else the first tasks are short, for
+            someone is waiting for them. The windowed order is aligned either way.
     """
     size = 1
-    per_task = steps_per_task or max_steps_per_task(cost, limits)
     while start < stop:
-        window_end = plan.next_window(start)
-        if window_end is not None:
-            end = min(window_end, stop)
-            yield from _window(start, end, share, cost, limits)
+        if plan.window_steps is not None:
+            first = start - start % plan.window_steps
+            this = _in_window(first, first + plan.window_steps, start, share, sizes)
+            this = this._replace(stop=min(this.stop, stop), parts=tuple(_until(part, stop) for part in this.parts))
         else:
-            end = min(start + size if steps_per_task is None else (start // per_task + 1) * per_task, stop)
-            size = min(2 * size, per_task)
-            yield Round(start, end, (Part(start, end, 0, share.rows),))
-        start = end
+            end = (start // sizes.max_steps + 1) * sizes.max_steps if aligned else start + size
+            size = min(2 * size, sizes.max_steps)
+            end = min(end, stop)
+            # A batch that is too much for one task is cut into rows.
+            tasks = sizes.num_tasks(1, share.rows) if sizes.max_steps == 1 else 1
+            this = _round(start, end, [share.rows * task // tasks for task in range(tasks + 1)])
+        yield this
+        start = this.stop
 
 
-def max_steps_per_task(cost: Cost, limits: Limits) -> int:
-    """Batches that are worth a task and fit into one."""
-    return max(1, min(math.ceil(_TASK_SECONDS / cost.seconds), limits.task_bytes // cost.num_bytes, _MAX_TASK_STEPS))
+def _in_window(first: int, last: int, start: int, share: Share, sizes: Sizes) -> Round:
+    """The round from `start` on in the window of the steps from `first` up to `last`.
+
+    A window is one round, or several, which read the same units again, if its crops would take too much memory.
+    """
+    steps = max(1, min(last - first, sizes.limits.round_bytes // sizes.cost.num_bytes))
+    stop = min(first + ((start - first) // steps + 1) * steps, last)
+    lanes = len(share.cuts) - 1
+    tasks = sizes.num_tasks(steps, lanes)
+    return _round(start, stop, [share.cuts[lanes * task // tasks] for task in range(tasks + 1)])
 
 
-def _window(start: int, stop: int, share: Share, cost: Cost, limits: Limits) -> Iterator[Round]:
-    """One round; several, which read the same units again, if its crops would take too much memory."""
-    steps = max(1, min(stop - start, limits.round_bytes // cost.num_bytes))
-    for first in range(start, stop, steps):
-        last = min(first + steps, stop)
-        seconds, num_bytes = ((last - first) * each for each in cost)
-        lanes = len(share.cuts) - 1
-        tasks = min(lanes, math.ceil(max(seconds / _TASK_SECONDS, num_bytes / limits.task_bytes)))
-        cuts = [share.cuts[lanes * task // tasks] for task in range(tasks + 1)]
-        parts = tuple(Part(first, last, a, b) for a, b in pairwise(cuts))
-        yield Round(first, last, parts)
+def _round(start: int, stop: int, cuts: Sequence[int]) -> Round:
+    return Round(start, stop, tuple(Part(start, stop, first, last) for first, last in pairwise(cuts)))
+
+
+def _until(part: Part, stop: int) -> Part:
+    return part._replace(stop=min(part.stop, stop))
 
 
 def in_executions(rounds: Iterator[Round]) -> Iterator[Sequence[Round]]:

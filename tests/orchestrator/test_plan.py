@@ -97,21 +97,20 @@ def test_the_windowed_order_depends_on_seed_and_epoch_and_is_the_same_everywhere
     assert len(set(orders)) == 6
     # Recorded once: a change would silently alter every run and break every resume.
     recorded = windowed_permutation(12, 0, 1, 4, 6, units_of(12, 3)).tolist()
-    assert recorded == [2, 0, 11, 10, 1, 9, 8, 7, 5, 6, 3, 4]
+    assert recorded == [0, 11, 10, 9, 2, 1, 8, 7, 5, 6, 3, 4]
 
 
-def test_a_window_opens_few_units_at_a_time() -> None:
+@pytest.mark.parametrize(("batch_size", "steps", "lanes"), [(1024, 8, 16), (1000, 8, 10), (96, 85, 16)])
+def test_a_window_opens_few_units_at_a_time_each_in_one_lane(batch_size: int, steps: int, lanes: int) -> None:
     num_samples, unit, window = 100_000, 50, 8192
-    plan = IndexPlan(num_samples, 0, 1024, Windows(window, units_of(num_samples, unit)))
-    assert plan.lanes == 16
-    step, windows = 0, 0
-    while (end := plan.next_window(step)) is not None and end * 1024 <= num_samples:
-        assert end - step == 8
-        _, ids = plan.locate(np.arange(step * 1024, end * 1024))
-        assert len(np.unique(ids // unit)) <= window // unit + 1 + 2 * plan.lanes  # units cut by the ends of lanes
-        step, windows = end, windows + 1
-    assert windows == 12
-    assert IndexPlan(10, 0, 2).next_window(3) is None
+    plan = IndexPlan(num_samples, 0, batch_size, Windows(window, units_of(num_samples, unit)))
+    assert (plan.window_steps, plan.lanes) == (steps, lanes)
+    size = steps * batch_size
+    for first in range(0, 3 * num_samples, size):  # on across epochs
+        epochs, ids = plan.locate(np.arange(first, first + size))
+        opened = len(np.unique(np.stack([epochs, ids // unit]), axis=1).T)
+        assert opened <= size // unit + 2 + 2 * lanes * len(np.unique(epochs))  # the ends of lanes cut units
+    assert IndexPlan(10, 0, 2).window_steps is None
 
 
 def test_class_sorted_data_is_mixed_across_a_batch() -> None:

@@ -28,6 +28,7 @@ from dino_core.config import CropsConfig
 from dino_core.crops import MultiCrop
 from orchestrator.config import DataConfig, RunConfig
 from orchestrator.data import shelf, stream, tasks
+from orchestrator.data.images import StorageError
 from orchestrator.data.loaders import Decoder
 from orchestrator.data.plan import IndexPlan, Windows
 from orchestrator.data.shelf import Shelf, find_shelf, shelf_for_trials
@@ -392,6 +393,39 @@ def test_trials_share_what_one_of_them_made(ray: Any, folder: Split, monkeypatch
     assert find_shelf(config, 0, 2) is None
 
 
+class Stumbling:
+    """Fails as storage does, as long as a file is there."""
+
+    def __init__(self, stone: Path) -> None:
+        self._stone = stone
+
+    def load(self, split: Split, index: int) -> np.ndarray:
+        if self._stone.exists():
+            raise StorageError(5, "input/output error")
+        return LOADER.load(split, index)
+
+
+@pytest.mark.ray
+def test_a_part_that_failed_is_made_again(
+    ray: Any, folder: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tasks, "_MAX_TASK_STEPS", 4)
+    config = override(RunConfig(), {"cluster.share_crops": True})
+    stone = tmp_path / "stone"
+    batches = batches_of(folder, loader=Stumbling(stone))
+    rounds = [Round(4, 8, (Part(4, 8, 0, 6),))]
+    with shelf_for_trials(config) as shared:
+        assert shared is not None
+        first, second = (Shelf(shared.keeper, "stream", 1) for _ in range(2))
+        stone.touch()
+        with pytest.raises(StorageError, match="input/output error"):
+            list(stream._shelf_stream(batches, rounds, first))
+        stone.unlink()
+        expected = list(local_batches(replace(batches, start_step=4, stop_step=8)))
+        assert all_equal(list(stream._shelf_stream(batches, rounds, second)), expected)
+        assert shared.traffic().made == 3  # twice in vain
+
+
 @pytest.mark.ray
 def test_a_full_shelf_forgets_and_has_made_again(ray: Any, folder: Split, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream, "_HEAD_SECONDS", 1e-9)
@@ -433,6 +467,14 @@ def test_a_source_ten_times_the_object_store_streams_in_bounded_memory(
                         memory = process.memory_full_info()
                         processes[process.pid] = max(processes.get(process.pid, 0), memory.uss)
     assert seen == steps * 64
+    # Trials that stand still, as in an evaluation, while their streams could run ahead.
+    small = replace(batches, plan=replace(plan, batch_size=16))
+    others = [ray_batches(replace(small, crops=MultiCrop(crops.config, seed)), data_cpus=1) for seed in range(3)]
+    for other in others:
+        next(other), next(other)
+    time.sleep(5)
+    for other in others:
+        other.close()
     spilled, restored = spilled_bytes()
     largest = max(processes.values())
     print(f"spilled {spilled >> 20} MiB, restored {restored >> 20} MiB; largest task process {largest >> 20} MiB")

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from orchestrator.data import tasks
 from orchestrator.data.plan import IndexPlan, Windows
-from orchestrator.data.tasks import Cost, Limits, Share, in_executions, max_steps_per_task, plan_rounds
+from orchestrator.data.tasks import Cost, Limits, Share, Sizes, in_executions, plan_rounds
 
-CHEAP = Cost(seconds=1e-3, num_bytes=1000)
+CHEAP = Sizes(Cost(seconds=1e-3, num_bytes=1000), Limits())
 
 
 def whole(plan: IndexPlan) -> Share:
@@ -25,7 +25,7 @@ def test_tasks_cover_the_steps_once_and_grow(
     monkeypatch.setattr(tasks, "_TASKS_PER_EXECUTION", 3)
     monkeypatch.setattr(tasks, "_MAX_TASK_STEPS", steps)
     plan = IndexPlan(100, 0, 10)
-    executions = list(in_executions(plan_rounds(plan, start, stop, whole(plan), CHEAP, Limits())))
+    executions = list(in_executions(plan_rounds(plan, start, stop, whole(plan), CHEAP)))
     rounds = [this for some in executions for this in some]
     assert [step for this in rounds for step in range(this.start, this.stop)] == list(range(start, stop))
     assert all(len(some) <= 3 for some in executions)
@@ -37,20 +37,28 @@ def test_tasks_cover_the_steps_once_and_grow(
 
 def test_fixed_cuts_are_the_same_wherever_a_trial_begins() -> None:
     plan = IndexPlan(100, 0, 10)
-    cuts = [
-        {this.start for this in plan_rounds(plan, start, 40, whole(plan), CHEAP, Limits(), steps_per_task=8)} - {start}
-        for start in (0, 3, 16)
-    ]
+    sizes = Sizes(Cost(1 / 8, 1000), Limits())
+    rounds = {start: plan_rounds(plan, start, 40, whole(plan), sizes, aligned=True) for start in (0, 3, 16)}
+    cuts = [{this.start for this in some} - {start} for start, some in rounds.items()]
     assert cuts[0] == {8, 16, 24, 32} == cuts[1]
     assert cuts[2] == {24, 32}
 
 
+def test_windows_are_cut_at_the_same_steps_wherever_a_trial_begins() -> None:
+    plan = IndexPlan(10_000, 0, 64, Windows(640, np.arange(0, 10_000, 50).tobytes()))
+    sizes = Sizes(Cost(0.4, 400 << 20), Limits())  # two steps of a window of ten fill a round
+    rounds = [list(plan_rounds(plan, start, 40, whole(plan), sizes)) for start in (0, 3, 20)]
+    assert [this.start for this in rounds[0]] == list(range(0, 40, 2))
+    assert rounds[1][0].start == 3 and rounds[1][1:] == rounds[0][2:]
+    assert rounds[2] == rounds[0][10:]
+
+
 def test_a_task_is_worth_its_price_and_fits() -> None:
     tiny = 64 * 2 * 3 * 16 * 16
-    assert max_steps_per_task(Cost(0.1, tiny), Limits()) == 10
-    assert max_steps_per_task(Cost(1e-4, tiny), Limits()) == tasks._MAX_TASK_STEPS
-    assert max_steps_per_task(Cost(20, tiny), Limits()) == 1
-    assert max_steps_per_task(Cost(0.1, 64 * 2 * 3 * 224 * 224), Limits()) == 3
+    assert Sizes(Cost(0.1, tiny), Limits()).max_steps == 10
+    assert Sizes(Cost(1e-4, tiny), Limits()).max_steps == tasks._MAX_TASK_STEPS
+    assert Sizes(Cost(20, tiny), Limits()).max_steps == 1
+    assert Sizes(Cost(0.1, 64 * 2 * 3 * 224 * 224), Limits()).max_steps == 3
 
 
 @settings(max_examples=60, deadline=None)
@@ -78,7 +86,7 @@ def test_windowed_parts_make_each_row_of_each_step_once(
         share = Share.of(plan, rank, world)
         assert share.rows == batch_size // world
         step = start
-        for this in plan_rounds(plan, start, start + 60, share, Cost(*cost), Limits()):
+        for this in plan_rounds(plan, start, start + 60, share, Sizes(Cost(*cost), Limits())):
             assert this.start == step < this.stop
             assert this.stop == this.start + 1 or (this.stop - this.start) * cost[1] <= tasks._MAX_ROUND_BYTES
             row = 0
@@ -100,7 +108,7 @@ def test_in_the_windowed_order_each_unit_is_read_by_one_task() -> None:
     for rank in range(4):
         share = Share.of(plan, rank, 4)
         assert share.cuts == (0, 64, 128)
-        for this in plan_rounds(plan, 0, 18, share, Cost(2.0, 1 << 20), Limits()):
+        for this in plan_rounds(plan, 0, 18, share, Sizes(Cost(2.0, 1 << 20), Limits())):
             assert [part.rows for part in this.parts] == [64, 64]
             for part in this.parts:
                 positions = [plan.positions(step, rank, 4) for step in range(part.start, part.stop)]
@@ -111,13 +119,24 @@ def test_in_the_windowed_order_each_unit_is_read_by_one_task() -> None:
     assert len(reads) <= 92 + 3 * 8
 
 
+def test_a_batch_that_is_too_much_for_a_task_is_cut_into_rows() -> None:
+    plan = IndexPlan(5000, 0, 100)
+    for cost, tasks_per_batch in ((Cost(3.5, 1000), 4), (Cost(0.1, 640 << 20), 10), (Cost(1e6, 1000), 100)):
+        rounds = list(plan_rounds(plan, 3, 6, whole(plan), Sizes(cost, Limits())))
+        assert [(this.start, this.stop) for this in rounds] == [(3, 4), (4, 5), (5, 6)]
+        for this in rounds:
+            assert len(this.parts) == tasks_per_batch
+            assert [part.first_row for part in this.parts] == [0, *(part.last_row for part in this.parts[:-1])]
+            assert this.parts[-1].last_row == 100
+
+
 def test_a_small_object_store_makes_small_tasks() -> None:
     assert Limits.of_store(1e12, 2) == Limits()
     small = Limits.of_store(80 << 20, 2)
     assert small == Limits(10 << 20, 20 << 20)
-    assert max_steps_per_task(Cost(1e-3, 3 << 20), small) == 3
-    assert max_steps_per_task(Cost(1e-3, 30 << 20), small) == 1
+    assert Sizes(Cost(1e-3, 3 << 20), small).max_steps == 3
+    assert Sizes(Cost(1e-3, 30 << 20), small).max_steps == 1
     plan = IndexPlan(10_000, 1, 512, Windows(5120, np.zeros(1, dtype=np.int64).tobytes()))
-    for this in plan_rounds(plan, 0, 20, whole(plan), Cost(0.1, 6 << 20), small):
+    for this in plan_rounds(plan, 0, 20, whole(plan), Sizes(Cost(0.1, 6 << 20), small)):
         assert this.stop - this.start <= 3
         assert len(this.parts) in (1, 2)
