@@ -221,9 +221,9 @@ def _saturation_offsets(factors: NDArray[np.float32]) -> list[float]:
     the factor is nearer than that below a whole number, the offset is 0, and truncation has to be done to the letter.
     """
     factor = factors.astype(np.float64)[:, None]
-    error = 2.0**-22 * 256 * (factor + np.abs(1 - factor))  # of five roundings, four of them of up to 2^-24 each
-    fractions = factor * np.arange(-255, 256) % 1
-    exact = (fractions < 1 - 3 * error).all(axis=1)
+    error = 2.0**-22 * 256 * (factor + np.abs(1 - factor))  # of at most four roundings to 24 bits
+    products = factor * np.arange(-255, 256)
+    exact = (products - np.floor(products) < 1 - 3 * error).all(axis=1)
     return np.where(exact, 2 * error[:, 0] - 0.5, 0).tolist()
 
 

@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 
 from dino_core import colour, colour_cpu
 from dino_core.config import CropsConfig
@@ -156,9 +155,12 @@ class MultiCrop:
             boxes, flips = plan.boxes[:, crops], plan.flips[:, crops]
             out = np.empty((*flips.shape, 3, side, side), dtype=np.uint8)
             rows = out.reshape(-1, 3, side, side)
-            _crop(rows, images, boxes, flips.ravel().tolist())
-            if self.config.device == "cpu":
-                _colour(rows, plan.params[:, crops].reshape(-1, colour.NUM_PARAMS))
+            params = plan.params[:, crops].reshape(-1, colour.NUM_PARAMS)
+            on_cpu = self.config.device == "cpu"
+            tail = colour_cpu.Tail(rows, params) if on_cpu and side >= _SMALL_SIDE else None
+            _crop(rows, images, boxes, flips.ravel().tolist(), tail)
+            if on_cpu and tail is None:
+                rows[:] = colour.apply_colour(torch.from_numpy(rows), torch.from_numpy(params)).numpy()
             arrays[name] = out
         if self.config.device == "accelerator":
             arrays["params"] = plan.params
@@ -213,40 +215,42 @@ def _normalisation(mean: tuple[float, ...], std: tuple[float, ...], device: torc
 
 
 def _crop(
-    out: NDArray[np.uint8], images: Sequence[NDArray[np.uint8]], boxes: NDArray[np.int64], flips: Sequence[bool]
+    out: NDArray[np.uint8],
+    images: Sequence[NDArray[np.uint8]],
+    boxes: NDArray[np.int64],
+    flips: Sequence[bool],
+    tail: colour_cpu.Tail | None,
 ) -> None:
-    """Cut `boxes` [B, crops, 4], resize each to its row of `out` uint8 [B * crops, 3, side, side], flip some.
+    """Cut `boxes` [B, crops, 4], resize each to its row of `out` uint8 [B * crops, 3, side, side], flip some, colour.
 
     Cutting comes first: the filter must not see pixels outside the box. On a channels-last view torch's antialiased
     bicubic resize of uint8 is Pillow's, to rounding. Boxes of one size share a call, which matters for tiny images.
+    The memory that boxes are cut to and resized in is used again and again, and so stays in the cache.
     """
-    side = out.shape[2]
-    num = boxes.shape[1]
+    side, num = out.shape[2], boxes.shape[1]
     places: defaultdict[tuple[int, int], list[tuple[int, int, int]]] = defaultdict(list)
     for row, (top, left, height, width) in enumerate(boxes.reshape(-1, 4).tolist()):
         places[height, width].append((row, top, left))
-    crops = torch.from_numpy(out)
-    mirrored: list[int] = []
-    for (height, width), some in places.items():
-        cut = np.empty((len(some), height, width, 3), dtype=np.uint8)
+    sizes = [3 * height * width * len(some) for (height, width), some in places.items()]
+    scratch = np.empty(max(sizes, default=0), dtype=np.uint8)
+    resized = np.empty((max(map(len, places.values()), default=0), side, side, 3), dtype=np.uint8)
+    for ((height, width), some), size in zip(places.items(), sizes, strict=True):
+        cut = scratch[:size].reshape(-1, height, width, 3)
         for pixels, (row, top, left) in zip(cut, some, strict=True):
             pixels[...] = images[row // num][top : top + height, left : left + width]
-        channels_last = torch.from_numpy(cut).permute(0, 3, 1, 2)
-        resized = F.interpolate(channels_last, size=(side, side), mode="bicubic", antialias=True)
-        if len(some) == 1:  # as with photos: OpenCV turns pixels into planes several times faster than torch
-            row, pixels = some[0][0], resized[0].permute(1, 2, 0).numpy()
+        _resize(cut, resized[: len(some)])
+        if len(some) == 1:  # as with photos: OpenCV turns pixels into planes several times faster than numpy
+            row, pixels = some[0][0], resized[0]
             cv2.split(cv2.flip(pixels, 1) if flips[row] else pixels, tuple(out[row]))
         else:
-            rows = [row for row, _, _ in some]
-            crops[torch.tensor(rows)] = resized
-            mirrored += [row for row in rows if flips[row]]
-    if mirrored:
-        crops[torch.tensor(mirrored)] = crops[torch.tensor(mirrored)].flip(-1)
+            for pixels, (row, _, _) in zip(resized, some, strict=False):
+                out[row] = (pixels[:, ::-1] if flips[row] else pixels).transpose(2, 0, 1)
+        if tail is not None:
+            for row, _, _ in some:
+                tail.apply(row)
 
 
-def _colour(crops: NDArray[np.uint8], params: NDArray[np.float32]) -> None:
-    """The colour tail of crops uint8 [n, 3, side, side] in place, by whichever way is faster at that size."""
-    if crops.shape[-1] < _SMALL_SIDE:
-        crops[:] = colour.apply_colour(torch.from_numpy(crops), torch.from_numpy(params)).numpy()
-    else:
-        colour_cpu.apply_colour(crops, params)
+def _resize(images: NDArray[np.uint8], out: NDArray[np.uint8]) -> None:
+    """[m, height, width, 3] -> [m, side, side, 3]: `F.interpolate`, which cannot be told where to write."""
+    source, target = (torch.from_numpy(array).permute(0, 3, 1, 2) for array in (images, out))
+    torch.ops.aten._upsample_bicubic2d_aa.out(source, target.shape[2:], False, None, None, out=target)
