@@ -37,13 +37,13 @@ def apply_colour(crops: NDArray[np.uint8], params: NDArray[np.float32]) -> None:
         crops: uint8 [n, 3, H, W], C-contiguous.
         params: float32 [n, colour.NUM_PARAMS].
     """
-    tail = Tail(crops, params)
+    tail = _Tail(crops, params)
     for row in range(len(crops)):
         tail.apply(row)
 
 
-class Tail:
-    """`apply_colour` of one crop at a time, while its pixels are in the cache. Arguments as there."""
+class _Tail:
+    """`apply_colour` of one crop at a time. Arguments as there; its scratch memory is what makes it an object."""
 
     def __init__(self, crops: NDArray[np.uint8], params: NDArray[np.float32]) -> None:
         self._crops = crops
