@@ -37,32 +37,31 @@ def apply_colour(crops: NDArray[np.uint8], params: NDArray[np.float32]) -> None:
         crops: uint8 [n, 3, H, W], C-contiguous.
         params: float32 [n, colour.NUM_PARAMS].
     """
-    blurred = np.flatnonzero(params[:, SIGMA])
-    kernels: dict[int, NDArray[np.float32]] = {}
-    if len(blurred):
-        kernels = {
-            row: _kernel(half)
-            for row, half in zip(blurred.tolist(), colour.blur_weights(params[blurred, SIGMA]), strict=True)
-        }
-    tail = _Tail(*crops.shape[2:])
-    for row, values in enumerate(params.tolist()):
-        tail.apply(crops[row], values, kernels.get(row))
+    tail = _Tail(crops, params)
+    for row in range(len(crops)):
+        tail.apply(row)
 
 
 class _Tail:
-    """The tail of crops of one size; its scratch memory is what makes it an object."""
+    """`apply_colour` of one crop at a time. Arguments as there; its scratch memory is what makes it an object."""
 
-    def __init__(self, height: int, width: int) -> None:
-        size = min(height * width, _PIECE)
-        self._planes = np.empty((10, 1, size), dtype=np.uint8)
-        self._pairs = np.empty((1, size), dtype=np.uint16)
-        self._float = np.empty((5, 1, size), dtype=np.float32)
+    def __init__(self, crops: NDArray[np.uint8], params: NDArray[np.float32]) -> None:
+        self._crops = crops
+        self._params = params.tolist()
+        self._kernels: dict[int, NDArray[np.float32]] = {}
+        blurred = np.flatnonzero(params[:, SIGMA])
+        if len(blurred):
+            weights = colour.blur_weights(params[blurred, SIGMA])
+            self._kernels = {row: _kernel(half) for row, half in zip(blurred.tolist(), weights, strict=True)}
+        self._offsets = _saturation_offsets(params[:, SATURATION])
+        size = min(crops.shape[2] * crops.shape[3], _PIECE)
+        self._planes = np.empty((7, 1, size), dtype=np.uint8)
+        self._pairs = np.empty((1, size, 2), dtype=np.uint8)
+        self._float = np.empty((2, 1, size), dtype=np.float32)
 
-    def apply(self, crop: NDArray[np.uint8], params: list[float], kernel: NDArray[np.float32] | None) -> None:
-        """Change `crop` uint8 [3, H, W] by one row of parameters; `kernel` is that of the blur, if there is one.
-
-        Tables wait until a step needs the pixels, so that several cost one look-up.
-        """
+    def apply(self, row: int) -> None:
+        """Change the crop of this row. Tables wait until a step needs the pixels, so that several cost one look-up."""
+        crop, params, kernel = self._crops[row], self._params[row], self._kernels.get(row)
         table: Table | None = None
         for column in _orders()[int(params[ORDER])]:
             value = params[column]
@@ -78,7 +77,7 @@ class _Tail:
                 continue
             for piece in _pieces(crop):
                 if column == SATURATION:
-                    self._saturate(piece, value)
+                    self._saturate(piece, value, self._offsets[row])
                 else:
                     self._shift_hue(piece, value)
         planes = crop
@@ -109,134 +108,123 @@ class _Tail:
         return int(total / crop[0].size + 0.5)
 
     def _luma(self, piece: NDArray[np.uint8], out: Plane) -> None:
-        np.copyto(out, self._float_luma(piece)[1], casting="unsafe")
+        """ITU-R 601 luma, exact: sums of whole 65536ths below 256, and a half, fit a float32."""
+        red, green, blue = piece
+        total = self._float[0, :, : piece.shape[2]]
+        weights = [weight / 65536 for weight in colour.LUMA_WEIGHTS]
+        cv2.addWeighted(red, weights[0], green, weights[1], 0.5, dst=total, dtype=cv2.CV_32F)
+        cv2.addWeighted(total, 1, blue, weights[2], 0, dst=total, dtype=cv2.CV_32F)
+        np.copyto(out, total, casting="unsafe")
 
-    def _float_luma(self, piece: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """[3, 1, n] the levels, [1, n] their luma, which is to be truncated."""
-        x, luma, part = self._float[:3, :, : piece.shape[2]], *self._float[3:, :, : piece.shape[2]]
-        np.copyto(x, piece)
-        np.multiply(x[0], colour.LUMA_WEIGHTS[0], out=luma)
-        for channel in (1, 2):
-            np.multiply(x[channel], colour.LUMA_WEIGHTS[channel], out=part)
-            luma += part
-        luma += 32768
-        luma *= 1 / 65536
-        return x, luma
-
-    def _saturate(self, piece: NDArray[np.uint8], factor: float) -> None:
-        x, luma = self._float_luma(piece)
-        np.floor(luma, out=luma)
-        x -= luma
-        x *= factor
-        x += luma
-        if factor > 1:
-            np.clip(x, 0, 255, out=x)
-        np.copyto(piece, x, casting="unsafe")
+    def _saturate(self, piece: NDArray[np.uint8], factor: float, offset: float) -> None:
+        """`offset`: of `_saturation_offsets`."""
+        luma = self._planes[0, :, : piece.shape[2]]
+        self._luma(piece, out=luma)
+        if offset:
+            for plane in piece:
+                cv2.addWeighted(plane, factor, luma, 1 - factor, offset, dst=plane)
+            return
+        levels = self._float[0, :, : piece.shape[2]]
+        for plane in piece:
+            np.subtract(plane, luma, out=levels, dtype=np.float32)
+            levels *= factor
+            levels += luma
+            np.clip(levels, 0, 255, out=levels)
+            np.copyto(plane, levels, casting="unsafe")
 
     def _shift_hue(self, piece: NDArray[np.uint8], turns: float) -> None:
         """Through Pillow's 8-bit HSV, whose hue and saturation are looked up by pairs of levels.
 
         Which of the three comparisons around the wheel hold (red >= green >= blue >= red) tells its sixth; where one
-        alone does, the hue falls from the next third of the wheel, otherwise it rises from the last one. Of the three
-        new channels one has the highest level, one the lowest, and one a level in between.
+        alone does, the hue falls from the next third of the wheel, otherwise it rises from the last one.
         """
         red, green, blue = piece
         size = piece.shape[2]
-        value, low, chroma, middle, code, falls, hue, part, lowest, between = self._planes[:, :, :size]
+        value, low, chroma, middle, hue, falls, part = self._planes[:, :, :size]
+        pair, pairs = self._pairs[:, :size], self._pairs[:, :size].view("<u2")
         tables = _hue_tables()
-        np.maximum(red, green, out=value)
-        np.maximum(value, blue, out=value)
+        np.maximum(red, green, out=part)
         np.minimum(red, green, out=low)
+        np.maximum(part, blue, out=value)
+        np.minimum(part, blue, out=middle)
+        np.maximum(middle, low, out=middle)
         np.minimum(low, blue, out=low)
         np.subtract(value, low, out=chroma)
-        # The one level that is neither the highest nor the lowest, above the lowest; wraps on the way.
-        np.add(red, green, out=middle)
-        middle += blue
-        middle -= value
-        middle -= low
         middle -= low
 
-        cv2.compare(red, green, cv2.CMP_GE, dst=code)
-        cv2.compare(green, blue, cv2.CMP_GE, dst=part)
-        np.bitwise_xor(code, part, out=falls)
-        code &= 1
-        part &= 2
-        code |= part
-        cv2.compare(blue, red, cv2.CMP_GE, dst=part)
+        # Where that rise or fall starts, in thirds: 1 if red < green, and 2 if green < blue; of the thirds that the
+        # hue falls from, the second and the last have changed places. One or all of three are an odd number of them.
+        np.less(red, green, out=hue.view(np.bool_))
+        np.less(green, blue, out=part.view(np.bool_))
+        np.greater_equal(blue, red, out=falls.view(np.bool_))
+        falls ^= hue
         falls ^= part
-        part &= 4
-        code |= part
-        shift = int(turns * 255) % 256
-        cv2.LUT(code, tables.thirds + np.uint8(shift), dst=hue)
-        pairs = self._pairs[:, :size]
-        np.multiply(chroma, 256, out=pairs, dtype=np.uint16)
-        pairs += middle
-        cv2.LUT(pairs, tables.rise, dst=part)
-        cv2.LUT(pairs, tables.fall, dst=low)
-        cv2.copyTo(low, falls, dst=part)
+        hue += part
+        hue += part
+        part &= falls
+        hue ^= part
+        hue *= 85
+
+        # (middle, chroma), the other way round where the hue falls.
+        np.bitwise_xor(middle, chroma, out=part)
+        part *= falls
+        middle ^= part
+        part ^= chroma
+        cv2.merge((middle, part), dst=pair)
+        cv2.LUT(pairs, tables.change, dst=part)
         hue += part
 
-        np.multiply(chroma, 256, out=pairs, dtype=np.uint16)
-        pairs += value
-        cv2.LUT(pairs, tables.lowest, dst=lowest)
-        depth, weight = self._float[:2, :, :size]
+        cv2.merge((value, chroma), dst=pair)
+        depth, weight = self._float[:, :, :size]
         cv2.LUT(pairs, tables.depth, dst=depth)
-        cv2.LUT(hue, tables.weight, dst=weight)
-        cv2.multiply(weight, depth, dst=between, dtype=cv2.CV_8U)
-        np.subtract(value, between, out=between)
-        cv2.LUT(hue, tables.roles, dst=code)
-        for channel, plane in enumerate(piece):
-            np.copyto(plane, between)
-            for bit, source in ((1, value), (8, lowest)):
-                np.bitwise_and(code, bit << channel, out=part)
-                cv2.copyTo(source, part, dst=plane)
+        shift = int(turns * 255) % 256
+        for plane, weights in zip(piece, tables.weights, strict=True):
+            cv2.LUT(hue, weights[shift : shift + 256], dst=weight)
+            cv2.multiply(weight, depth, dst=part, dtype=cv2.CV_8U)
+            np.subtract(value, part, out=plane)
 
 
 class _HueTables(NamedTuple):
-    """By a pair of levels: uint8 [65536], index first + 256 x second. By one level: [256]."""
+    """By a pair of levels: [65536], index first + 256 x second."""
 
-    rise: NDArray[np.uint8]
-    """Of (middle - lowest, chroma): how far the hue is above the third of the wheel that its sixth starts from"""
-    fall: NDArray[np.uint8]
-    """The same, below the third that its sixth ends at, modulo 256"""
-    thirds: NDArray[np.uint8]
-    """Of the comparisons (1: red >= green, 2: green >= blue, 4: blue >= red): that third's hue"""
-    lowest: NDArray[np.uint8]
-    """Of (value, chroma): the new lowest level"""
+    change: NDArray[np.uint8]
+    """Of (middle - lowest, highest - lowest level), how far the hue is above the third of the wheel that it rises from;
+    of the two the other way round, how far below the third it falls from, modulo 256. It falls only where the two
+    differ and neither is 0."""
     depth: NDArray[np.float32]
-    """Of (value, chroma): how far that is below the value, before rounding"""
-    weight: NDArray[np.float32]
-    """Of the new hue: the share of `depth` that the channel in between is below the value"""
-    roles: NDArray[np.uint8]
-    """Of the new hue: bit c if channel c is the highest, bit 3 + c if it is the lowest"""
+    """Of (highest level, highest - lowest): how far the new lowest level is below the highest, before rounding"""
+    weights: NDArray[np.float32]
+    """[3, 512], of the new hue, not modulo 256: the share of `depth` by which red, green, blue are below the highest"""
 
 
 @lru_cache(maxsize=1)
 def _hue_tables() -> _HueTables:
     second, first = np.divmod(np.arange(65536), 256)
-    middle, chroma = np.minimum(first, second), np.maximum(second, 1)  # middle <= chroma is all that occurs
-    rise = 85 * middle // (2 * chroma)
-    fall = -85 * middle // (2 * chroma)  # minus the quotient, rounded up
-    thirds = np.zeros(256, dtype=np.uint8)
-    thirds[[0b011, 0b110, 0b101, 0b010, 0b100, 0b001]] = 0, 85, 170, 85, 170, 255
+    rise = 85 * first // np.maximum(2 * second, 1)
+    fall = -85 * second // np.maximum(2 * first, 1)  # minus the quotient, rounded up
     saturation = np.minimum(255 * second // np.maximum(first, 1), 255).astype(np.float32)
-    depth = saturation * first.astype(np.float32) / np.float32(255)
-    lowest = first - np.rint(depth)
     angle = _LEVELS * 6 / 255
     weights = np.stack(
         [(np.abs(angle - centre) * sign + offset).clip(0, 1) for centre, sign, offset in colour.HUE_RAMPS]
     )
-    in_between = (weights > 0) & (weights < 1)
-    roles = sum((weights[c] == 0) * (1 << c) + (weights[c] == 1) * (8 << c) for c in range(3))
     return _HueTables(
-        rise.astype(np.uint8),
-        (fall % 256).astype(np.uint8),
-        thirds,
-        lowest.astype(np.uint8),
-        depth,
-        np.where(in_between, weights, 0).max(0),
-        np.asarray(roles, dtype=np.uint8),
+        (np.where(first <= second, rise, fall) % 256).astype(np.uint8),
+        saturation * first.astype(np.float32) / np.float32(255),
+        np.tile(weights, 2),
     )
+
+
+def _saturation_offsets(factors: NDArray[np.float32]) -> list[float]:
+    """What to add to factor x level + (1 - factor) x luma so that rounding it to the nearest level truncates it.
+
+    That is a little above -1/2, to make up for the errors of float32. Where some difference of level and luma times
+    the factor is nearer than that below a whole number, the offset is 0, and truncation has to be done to the letter.
+    """
+    factor = factors.astype(np.float64)[:, None]
+    error = 2.0**-22 * 256 * (factor + np.abs(1 - factor))  # of at most four roundings to 24 bits
+    products = factor * np.arange(-255, 256)
+    exact = (products - np.floor(products) < 1 - 3 * error).all(axis=1)
+    return np.where(exact, 2 * error[:, 0] - 0.5, 0).tolist()
 
 
 @lru_cache(maxsize=1)
