@@ -1,9 +1,8 @@
 """How the batches of a worker are cut into tasks: a task makes some rows of some consecutive batches.
 
-Where any image may follow any other, a task makes whole batches, or some rows of a large one, about a second of work. In
-the windowed order a round
-of tasks makes the batches of one window together, each of them the rows of some lanes: so each unit of storage is read
-by one task, once.
+Where any image may follow any other, a task makes whole batches, or some rows of a large one, about a second of work.
+In the windowed order a round of tasks makes the batches of one window together, each of them the rows of some lanes: so
+each unit of storage is read by one task, once.
 """
 
 from __future__ import annotations
