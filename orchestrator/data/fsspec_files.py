@@ -28,11 +28,11 @@ def _errors() -> tuple[type[Exception], ...]:
 
 @contextmanager
 def os_errors() -> Iterator[None]:
-    """Whatever a service or its client raises leaves as OSError."""
+    """Whatever a service or its client raises leaves as an OSError, ConnectionError."""
     try:
         yield
     except _errors() as error:
-        raise OSError(f"{type(error).__name__}: {error}") from error
+        raise ConnectionError(f"{type(error).__name__}: {error}") from error
 
 
 class Handler(FSSpecHandler):  # type: ignore[misc]

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from orchestrator.data import jpeg
+from orchestrator.data.split import DamagedRecord
 
 if TYPE_CHECKING:
     from orchestrator.data.sources import Split
@@ -25,7 +26,7 @@ FORMATS = ("PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "TGA"
 
 READ_TRIES = 3
 _PAUSES_S = (0.1, 0.4)  # between them
-_OF_ONE_FILE = frozenset((errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG))
+_OF_ONE_FILE = (DamagedRecord, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
 
 _MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # what Pillow refuses to open
 _BYTES_PER_PIXEL = 32  # a 16-bit or a transparent image, with all copies that its conversion makes
@@ -62,9 +63,9 @@ class StorageError(OSError):
 def load_image(split: Split, index: int, max_pixels: int) -> NDArray[np.uint8]:
     """One image of a split, uint8 [height, width, 3].
 
-    An image is at fault for a read that fails if it is missing, is a folder or may not be read, or if the reader says
-    so by an OSError without a number. Any other OSError (too many open files, no space, input/output error, stale file
-    handle, a connection lost, a timeout) is tried again after a pause, `READ_TRIES` times in all.
+    An image is at fault for a read that fails if it is missing, is a folder or may not be read, or if what holds it is
+    damaged (`DamagedRecord`). After any other OSError (too many open files, no space, input/output error, stale file
+    handle, a connection lost, a timeout) it is tried again after a pause, `READ_TRIES` times in all.
 
     Raises:
         BadImage: It cannot be read or decoded, or has more than `max_pixels` pixels.
@@ -80,7 +81,7 @@ def _read(split: Split, index: int) -> bytes | NDArray[np.uint8]:
         try:
             return split.read(index)
         except OSError as error:
-            if error.errno in _OF_ONE_FILE or (error.errno is None and type(error) is OSError):
+            if isinstance(error, _OF_ONE_FILE) or error.errno == errno.ENAMETOOLONG:
                 raise BadImage(f"cannot be read: {error.strerror or error}") from error
             failure = error
         if pause is not None:

@@ -18,13 +18,20 @@ DIGEST_LENGTH = 32
 _REMOTE_READS = 16
 
 
+class DamagedRecord(OSError):
+    """What holds an image is there and can be read, but is damaged."""
+
+
 class Reader(Protocol):
     """Random access to stored images. Cheap to pickle; opens files in the process that reads."""
 
     def __len__(self) -> int: ...
 
     def read(self, index: int) -> bytes | NDArray[np.uint8]:
-        """An encoded image, or a decoded one uint8 [height, width, 3]. Raises OSError if it cannot be read."""
+        """An encoded image, or a decoded one uint8 [height, width, 3].
+
+        Raises DamagedRecord, or another OSError if it cannot be read.
+        """
 
     def name(self, index: int) -> str:
         """What to call an image in a message."""

@@ -178,7 +178,12 @@ class RemoteFolder:
     def open(self, name: str) -> IO[bytes]:
         """See `Folder`."""
         filesystem, path = self._connect()
-        file: Any = filesystem.open_input_file(f"{path}/{name}")
+        try:
+            file: Any = filesystem.open_input_file(f"{path}/{name}")
+        except OSError as error:
+            if error.errno is None and type(error) is OSError:
+                self.stat(name)  # says by its type that the file is not there, where the service's error does not
+            raise
         return file  # a binary file in all but its declared type
 
     def read(self, name: str) -> bytes:

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from orchestrator.data.images import READ_TRIES, BadImage, StorageError, decode, load_image
-from orchestrator.data.split import Split
+from orchestrator.data.split import DamagedRecord, Split
 
 LIMIT = 50_000_000
 
@@ -252,7 +252,7 @@ def test_a_file_that_cannot_be_read_is_a_bad_image(tmp_path: Path) -> None:
     ("error", "reason"),
     [
         (PermissionError(errno.EACCES, "Permission denied"), "Permission denied"),
-        (OSError("row group 3: bad page"), "row group 3: bad page"),  # how a reader tells of its damaged file
+        (DamagedRecord("row group 3: bad page"), "row group 3: bad page"),  # how a reader tells of its damaged file
     ],
 )
 def test_the_fault_of_one_file(error: OSError, reason: str) -> None:
@@ -298,6 +298,7 @@ from pathlib import Path
 from orchestrator.data.readers.folder import Files
 from orchestrator.data.images import StorageError, decode, load_image
 from orchestrator.data.split import Split
+from orchestrator.data.storage import LocalFolder
 
 root, *names = sys.argv[1:]
 encoded = [(Path(root) / name).read_bytes() for name in names]
@@ -313,7 +314,7 @@ resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_IN
 print({decode(data, 50_000_000).shape for data in encoded[1:]})
 resource.setrlimit(resource.RLIMIT_NOFILE, (3, 100))
 try:
-    load_image(Split(Files(root, names), None), 0, 50_000_000)
+    load_image(Split(Files(LocalFolder(root), names), None), 0, 50_000_000)
 except StorageError as error:
     print(error)
 """

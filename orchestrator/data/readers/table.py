@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from dino_core.config import ConfigError
 from orchestrator.config import DataConfig
 from orchestrator.data.readers.columns import Columns, Features, choose_columns, labels_of, schema_features, split_rows
-from orchestrator.data.split import DIGEST_LENGTH, Labels, Source, build_source
-from orchestrator.data.storage import Folder, Place
+from orchestrator.data.split import DIGEST_LENGTH, DamagedRecord, Labels, Source, build_source
+from orchestrator.data.storage import Folder, LocalFolder, Place
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -122,7 +122,14 @@ def _read_group(format: Format, file: File, group: int, column: str, field: str 
     try:
         return format.group(file, group, column, field)
     except (OSError, pa.ArrowException) as error:
-        raise OSError(f"{file.folder.address}/{file.name}, {format.unit} {group}: {error}") from error
+        message = f"{file.folder.address}/{file.name}, {format.unit} {group}: {error}"
+        if isinstance(error, OSError) and error.errno is not None:
+            raise OSError(error.errno, message) from error
+        # Without a number it is damage, by which name pyarrow may call it; or what a service answered.
+        is_local = isinstance(file.folder, LocalFolder) and (
+            isinstance(error, pa.ArrowException) or type(error) is OSError
+        )
+        raise (DamagedRecord if is_local else ConnectionError)(message) from error
 
 
 class Table:

@@ -25,7 +25,7 @@ from dino_core.config import ConfigError
 from orchestrator.config import DataConfig
 from orchestrator.data.readers.file_list import hash_files
 from orchestrator.data.readers.folder import Files
-from orchestrator.data.split import DIGEST_LENGTH, Labels, Source, Split, build_source, choose_splits
+from orchestrator.data.split import DIGEST_LENGTH, DamagedRecord, Labels, Source, Split, build_source, choose_splits
 from orchestrator.data.storage import LocalFolder
 
 PREFIX = "torchvision:"
@@ -368,7 +368,9 @@ class _Items:
                 image = data[index][0]
             return np.array(image.convert("RGB"))
         except _FAILURES as error:
-            raise OSError(f"{self.name(index)}: {error}") from error
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # the system's
+            raise DamagedRecord(f"{self.name(index)}: {error}") from error
 
     def name(self, index: int) -> str:
         return " ".join(filter(None, (self._name, self._split, str(index))))

@@ -8,6 +8,7 @@ nothing, since no member is extracted.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -45,7 +46,7 @@ class _OpenShard:
         size = self._file.seek(0, os.SEEK_END)
         is_as_old = self._descriptor is None or os.fstat(self._descriptor).st_mtime_ns == shard.modified_ns
         if size != shard.size or not is_as_old:
-            raise OSError(f"{shard.folder.address}/{shard.name} has changed since the run began")
+            raise OSError(errno.ESTALE, f"{shard.folder.address}/{shard.name} has changed since the run began")
 
     def __del__(self) -> None:
         if hasattr(self, "_file"):
@@ -60,7 +61,7 @@ class _OpenShard:
                 self._file.seek(offset)
                 data = self._file.read(size)
         if len(data) != size:
-            raise OSError(f"{len(data)} bytes where {size} were asked for")
+            raise OSError(errno.EIO, f"{len(data)} bytes where {size} were asked for")
         return data
 
 
