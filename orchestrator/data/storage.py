@@ -257,7 +257,7 @@ def find(key: str, address: str) -> Place:
             return Place(folder, listing, folder.address, False)
         chosen = {file: listing[file] for file in select(name, listing)}
     except OSError as error:
-        raise ConfigError(f"{key} = {address}: cannot be listed: {error}") from error
+        raise ConfigError(f"{key} = {address}: cannot be listed: {_innermost(str(error))}") from error
     except ConfigError as error:
         if is_pattern(parent):
             raise ConfigError(f"{error}; only the last part of an address may be a pattern") from None
