@@ -46,8 +46,8 @@ class DataConfig(CheckedConfig):
     """Windowed order: images that are mixed with each other."""
     max_bad_fraction: float = number(0.01, ge=0, le=1)
     """Unreadable images, as a share of the training split, past which the run stops."""
-    max_pixels: int = number(50_000_000, ge=1)
-    """An image of more pixels than this is not decoded and counts as unreadable."""
+    max_pixels: int = number(50_000_000, ge=1, le=178_956_970)
+    """An image of more pixels than this is not decoded and counts as unreadable. At most what Pillow opens."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -22,6 +23,17 @@ if TYPE_CHECKING:
 
 _GROUPS = {"inspect": ("data.", "pretrain.crops."), "convert": ("data.",)}
 """The settings of each command."""
+
+
+class _Megabytes(click.FloatRange):
+    """At least a kilobyte, and a number: click's own ranges let `nan` through."""
+
+    def __init__(self) -> None:
+        super().__init__(min=0.001)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        size = super().convert(value, param, ctx)
+        return size if math.isfinite(size) else self.fail(f"{value!r} is not a finite number.", param, ctx)
 
 
 @click.group()
@@ -101,11 +113,16 @@ def inspect(source: str, settings: tuple[str, ...], as_json: bool, limit: int | 
     help="Shrink images whose shorter side is longer (JPEG, quality 95); by default images are copied byte for byte.",
 )
 @click.option(
-    "--shuffle", type=click.IntRange(min=0), default=0, show_default=True, metavar="SEED", help="Of the order."
+    "--shuffle",
+    type=click.IntRange(min=0, max=2**63 - 1),
+    default=0,
+    show_default=True,
+    metavar="SEED",
+    help="Of the order.",
 )
 @click.option("--keep-order", is_flag=True, help="Store the images in the order of SOURCE.")
-@click.option("--row-group-mb", type=click.FloatRange(min=0, min_open=True), default=8, show_default=True, metavar="MB")
-@click.option("--shard-mb", type=click.FloatRange(min=0, min_open=True), default=256, show_default=True, metavar="MB")
+@click.option("--row-group-mb", type=_Megabytes(), default=8, show_default=True, metavar="MB")
+@click.option("--shard-mb", type=_Megabytes(), default=256, show_default=True, metavar="MB")
 @click.option("--no-check", is_flag=True, help="Do not decode the images to leave out the broken ones.")
 @_threads
 def convert(

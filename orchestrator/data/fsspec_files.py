@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import socket
+import ssl
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO, Any
 
 import pyarrow as pa
-from pyarrow.fs import FileInfo, FileSelector, FSSpecHandler
+from pyarrow.fs import FileInfo, FileSelector, FileType, FSSpecHandler
 
 _CLIENTS = (
     ("aiohttp", "ClientError"),
@@ -35,6 +37,27 @@ def os_errors() -> Iterator[None]:
         raise ConnectionError(f"{type(error).__name__}: {error}") from error
 
 
+def _failure(error: FileNotFoundError) -> str | None:
+    """Why a service could not be asked, where its client took that for an answer, as that of http does."""
+    aiohttp = sys.modules.get("aiohttp")
+    kinds: tuple[type[BaseException], ...] = (ConnectionError, TimeoutError, socket.gaierror, ssl.SSLError)
+    if aiohttp is not None:
+        kinds += (aiohttp.ClientConnectionError,)
+    found: str | None = None
+    cause: BaseException | None = error
+    while cause is not None:  # the innermost says it best
+        if isinstance(cause, socket.gaierror):
+            found = f"unknown host ({cause.strerror})"
+        elif isinstance(cause, ConnectionRefusedError):
+            found = "connection refused"
+        elif isinstance(cause, kinds):
+            found = f"no connection: {cause or type(cause).__name__}"
+        elif aiohttp is not None and isinstance(cause, aiohttp.ClientResponseError) and cause.status >= 500:
+            found = f"the server failed: {cause.status} {cause.message}"
+        cause = cause.__cause__ or cause.__context__
+    return found
+
+
 class Handler(FSSpecHandler):  # type: ignore[misc]
     """What pyarrow's `PyFileSystem` asks for files of an fsspec file system; raises OSError only."""
 
@@ -46,7 +69,16 @@ class Handler(FSSpecHandler):  # type: ignore[misc]
     def get_file_info(self, paths: list[str]) -> list[FileInfo]:
         """Type, size and age of files."""
         with os_errors():
-            return super().get_file_info(paths)
+            return [self._file_info(path) for path in paths]
+
+    def _file_info(self, path: str) -> FileInfo:
+        try:
+            return self._create_file_info(path, self.fs.info(path))
+        except FileNotFoundError as error:
+            failure = _failure(error)
+            if failure is None:
+                return FileInfo(path, FileType.NotFound)
+            raise OSError(failure) from error
 
     def get_file_info_selector(self, selector: FileSelector) -> list[FileInfo]:
         """Those of all files in a folder."""

@@ -48,6 +48,8 @@ def open_source(config: DataConfig) -> Source:
     Raises:
         ConfigError: Nothing there, no images there, or no such column or split; names the key, the value and what is.
     """
+    if not config.source:  # which as a path would be the working directory
+        raise ConfigError(f"data.source: is empty; must be {DIGITS}, {TORCHVISION}NAME, or a path or URL")
     if config.source == DIGITS:
         return _open_digits(config)
     if config.source.startswith(TORCHVISION):

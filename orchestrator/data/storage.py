@@ -7,6 +7,7 @@ as its address, and connects in the process that reads.
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import re
 from collections.abc import Iterable
@@ -18,18 +19,19 @@ from urllib.parse import quote, unquote, urlsplit
 
 from dino_core.config import ConfigError
 from orchestrator.data.patterns import is_pattern, select
+from orchestrator.data.urls import SCHEME, limit_retries, no_such_scheme, split_query
+from orchestrator.data.urls import is_url as is_url
+from orchestrator.data.urls import refuse_secrets as refuse_secrets
 
 if TYPE_CHECKING:
     import pyarrow.fs as pafs
 
-_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
-_QUERY = re.compile(r"\?(?=[A-Za-z_][\w.-]*=)")
-_SECRET = re.compile(
-    r"secret|passw|token|signature|\bsig\b|(access|account|api).?key|credential(?!_kind)", re.IGNORECASE
-)
 _SAFE = "/%:@!$&'()*+,;=[]"
 _NATIVE = ("s3", "gs", "gcs", "hdfs", "viewfs", "abfs", "abfss")
 """Schemes that pyarrow opens itself; all others are fsspec's."""
+_OPENING_RETRIES_S, _READING_RETRIES_S = 5, 60
+"""How long Google's client tries again, by itself 15 minutes and in silence. Whoever has just typed an address waits at
+the screen; a run that reads for days should outlast a short failure, and asks again itself."""
 
 
 class FileStat(NamedTuple):
@@ -90,7 +92,11 @@ class LocalFolder:
         return list(self.listing())
 
     def listing(self, recursive: bool = True) -> Listing:
-        """Links are followed, except one that leads back to a folder above it."""
+        """Links are followed, except one that leads back to a folder above it.
+
+        What leads nowhere (a link to itself, a sub-folder that went meanwhile) is listed as a file, which then cannot
+        be read. A sub-folder that may not be entered is an error: its images would be missing without a word.
+        """
         names: list[str] = []
 
         def visit(folder: str, prefix: str, above: frozenset[tuple[int, int]]) -> None:
@@ -102,17 +108,26 @@ class LocalFolder:
                 for entry in entries:
                     if entry.name.startswith("."):
                         continue
-                    if not entry.is_dir():
+                    if not _is_folder(entry):
                         names.append(prefix + entry.name)
                     elif recursive:
-                        visit(entry.path, f"{prefix}{entry.name}/", above | {here})
+                        try:
+                            visit(entry.path, f"{prefix}{entry.name}/", above | {here})
+                        except (FileNotFoundError, NotADirectoryError):  # it has gone meanwhile
+                            names.append(prefix + entry.name)
 
         visit(self.root, "", frozenset())
         return dict.fromkeys(sorted(names, key=os.fsencode))
 
     def stat(self, name: str) -> FileStat:
         """See `Folder`."""
-        status = os.stat(os.path.join(self.root, name))
+        path = os.path.join(self.root, name)
+        try:
+            status = os.stat(path)
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+            raise FileNotFoundError(errno.ENOENT, "a link that leads to itself", path) from error
         return FileStat(status.st_size, status.st_mtime_ns)
 
     def open(self, name: str) -> IO[bytes]:
@@ -129,6 +144,15 @@ class LocalFolder:
         return LocalFolder(os.path.join(self.root, name))
 
 
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        return False
+
+
 @dataclass(frozen=True)
 class RemoteFolder:
     """A folder of a storage service: `inner`, a path as its files have it, below `url`."""
@@ -140,7 +164,7 @@ class RemoteFolder:
     @property
     def address(self) -> str:
         """The URL without password and query."""
-        plain = _split_query(self.url)[0]
+        plain = split_query(self.url)[0]
         scheme, _, rest = plain.partition("://")
         authority, slash, path = rest.partition("/")
         user, at, host = authority.rpartition("@")
@@ -217,11 +241,6 @@ class Place(NamedTuple):
     """It is one file, named as such."""
 
 
-def is_url(address: str) -> bool:
-    """Whether it names a place by its scheme (`s3://...`) rather than by a path."""
-    return _SCHEME.match(address) is not None
-
-
 def find(key: str, address: str) -> Place:
     """The files that `address` names: a path or URL, whose last part may be a pattern (see `patterns`).
 
@@ -243,7 +262,7 @@ def find(key: str, address: str) -> Place:
             return Place(folder, listing, folder.address, False)
         chosen = {file: listing[file] for file in select(name, listing)}
     except OSError as error:
-        raise ConfigError(f"{key} = {address}: cannot be listed: {error}") from error
+        raise ConfigError(f"{key} = {address}: cannot be listed: {_innermost(str(error))}") from error
     except ConfigError as error:
         if is_pattern(parent):
             raise ConfigError(f"{error}; only the last part of an address may be a pattern") from None
@@ -258,16 +277,10 @@ def _last_part(address: str) -> tuple[str, str, str]:
     if not is_url(address):
         parent, name = os.path.split(address)
         return parent or ".", name, ""
-    plain, query = _split_query(address)
+    plain, query = split_query(address)
     start = plain.index("://") + 3
     parent, _, name = plain[start:].rpartition("/")
     return plain[:start] + parent, name, query
-
-
-def _split_query(url: str) -> tuple[str, str]:
-    """A URL and its query. A question mark that no option follows belongs to the name."""
-    found = _QUERY.search(url)
-    return (url[: found.start()], url[found.start() :]) if found else (url, "")
 
 
 def locate(key: str, address: str) -> tuple[Folder, str | None]:
@@ -282,19 +295,20 @@ def locate(key: str, address: str) -> tuple[Folder, str | None]:
         ConfigError: Nothing there, no such scheme, a package that is missing, a password in the address (a run records
             it for all to read), or a service that does not answer. Names `key`.
     """
-    scheme = _SCHEME.match(address)
+    if "://" in address:  # in a path too: it may be one of fsspec's chains of URLs, and messages repeat it
+        refuse_secrets(key, address)
+    scheme = SCHEME.match(address)
     if scheme is None or scheme[1] == "file":
         return _locate_local(key, address, scheme is not None)
-    plain, query = _split_query(address)
-    refuse_secrets(key, address)
+    plain, query = split_query(address)
     shown = plain.removesuffix("/")
     try:
-        filesystem, path = connect(address)
+        filesystem, path = connect(limit_retries(address, _OPENING_RETRIES_S))
         kind = filesystem.get_file_info(path or "/").type.name
     except ImportError as error:
         raise ConfigError(f"{key} = {shown}: needs a package that is not installed: {error}") from error
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{key} = {shown}: cannot be opened: {str(error).partition(chr(10))[0]}") from error
+        raise ConfigError(f"{key} = {shown}: cannot be opened: {_innermost(str(error))}") from error
     if kind == "Directory":
         return RemoteFolder(address), None
     if kind == "File":
@@ -317,7 +331,11 @@ def _locate_local(key: str, address: str, is_file_url: bool) -> tuple[LocalFolde
     except OSError as error:
         raise ConfigError(f"{key} = {address}: cannot be opened: {error}") from error
     path = path.absolute()  # whatever the working directory of the process that will read
-    return (LocalFolder(os.fspath(path.parent)), path.name) if path.is_file() else (LocalFolder(str(path)), None)
+    if path.is_file():
+        return LocalFolder(os.fspath(path.parent)), path.name
+    if not path.is_dir():
+        raise ConfigError(f"{key} = {address}: is neither a file nor a folder")
+    return LocalFolder(os.fspath(path)), None
 
 
 def _nearest(path: Path) -> str:
@@ -328,21 +346,18 @@ def _nearest(path: Path) -> str:
     return f"; did you mean {parent / near[0]}?" if near else ""
 
 
-def refuse_secrets(key: str, url: str) -> None:
-    """Raise ConfigError if a URL holds a password or the like; the message does not repeat it."""
-    plain, query = _split_query(url)
-    authority = plain.partition("://")[2].partition("/")[0]
-    user, at, host = authority.rpartition("@")
-    options = [option.partition("=")[0] for option in query[1:].split("&")]
-    secret = next((option for option in options if _SECRET.search(option)), None)
-    if secret is None and not (at and ":" in user):
-        return
-    shown = plain.replace(authority, host, 1) if ":" in user else plain
-    raise ConfigError(
-        f"{key} = {shown}: holds {f'the option {secret}' if secret else 'a password'}, and runs record their settings "
-        "for all to read; give credentials by the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, HF_TOKEN, "
-        "...) or the service's own file (~/.aws/credentials, ...)"
-    )
+def _innermost(message: str) -> str:
+    """The first line of a message; of one of Google's client, which wraps causes in each other, the innermost cause."""
+    line = message.partition("\n")[0]
+    if not line.startswith("google::cloud::Status("):
+        return line
+    cause = re.split(r"last message of |error message was: ", line.partition(" error_info=")[0])[-1]
+    if "OAuth2" in line:
+        cause += (
+            "; no credentials could be had: GOOGLE_APPLICATION_CREDENTIALS names a file with some, and "
+            "gs://anonymous@bucket/... reads a public bucket without"
+        )
+    return cause
 
 
 @lru_cache(maxsize=16)
@@ -357,7 +372,7 @@ def connect(url: str) -> tuple[pafs.FileSystem, str]:
 
     scheme = url.partition("://")[0]
     if scheme in _NATIVE:
-        plain, query = _split_query(url)
+        plain, query = split_query(limit_retries(url, _READING_RETRIES_S))
         # What is no part of any URL is part of a name; what is already encoded stays.
         filesystem, path = pafs.FileSystem.from_uri(re.sub(r"%(?![0-9A-Fa-f]{2})", "%25", quote(plain, _SAFE)) + query)
         return filesystem, path.rstrip("/")
@@ -367,10 +382,7 @@ def connect(url: str) -> tuple[pafs.FileSystem, str]:
 
     known: Iterable[str] = fsspec.available_protocols()
     if scheme not in known:
-        names = sorted({*_NATIVE, "file", *known})
-        near = difflib.get_close_matches(scheme, names, n=1)
-        hint = f"; did you mean {near[0]}://?" if near else ""
-        raise ValueError(f"no such scheme as {scheme}://; there are {', '.join(names)}{hint}")
+        raise ValueError(no_such_scheme(scheme, {*_NATIVE, "file", *known}))
     with os_errors():
         filesystem, path = fsspec.core.url_to_fs(url)
     return pafs.PyFileSystem(Handler(filesystem)), path.rstrip("/")

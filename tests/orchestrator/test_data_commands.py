@@ -26,10 +26,15 @@ I, C = ["data", "inspect"], ["data", "convert"]  # noqa: E741
 BAD_INPUT = [
     (["data", "inspct"], "No such command 'inspct'. Did you mean 'inspect'?"),
     (I, "Missing argument 'SOURCE'"),
+    ([*I, ""], "error: data.source: is empty; must be digits, torchvision:NAME, or a path or URL"),
+    ([*I, "/dev/null"], "error: data.source = /dev/null: is neither a file nor a folder"),
+    ([*I, "torchvision:CIFAR10", "data.root=EMPTY"], "EMPTY is empty; it must hold CIFAR10, or data.download=true"),
+    ([*I, "torchvision:LFWPeople"], "/data cannot be listed: No such file or directory; it must hold LFWPeople, which"),
     ([*I, "nowhere"], "error: data.source = nowhere: no such file or folder"),
     ([*I, "EMPTY"], "error: data.source = EMPTY: "),
     ([*I, "digits", "data.max_pixel=1"], "error: data.max_pixel: unknown key; did you mean data.max_pixels?"),
     ([*I, "digits", "data.max_pixels=0"], "error: data.max_pixels = 0: must be a whole number >= 1"),
+    ([*I, "digits", f"data.max_pixels={10**30}"], "must be a whole number >= 1 and <= 178956970"),
     ([*I, "digits", "data.source=digits"], "error: data.source: given twice, as digits and digits"),
     ([*I, "digits", "pretrain.optim.lr=1"], "error: pretrain.optim.lr: unknown key"),
     ([*I, "digits", "pretrain.crops.global_siz=1"], "did you mean pretrain.crops.global_size or"),
@@ -41,6 +46,11 @@ BAD_INPUT = [
     ([*C, "digits", "FULL"], "error: DEST = FULL: is there already and not empty"),
     ([*C, "digits", "out", "pretrain.crops.global_size=1"], "error: pretrain.crops.global_size: unknown key"),
     ([*C, "digits", "out", "--shard-mb", "0"], "Invalid value for '--shard-mb'"),
+    ([*C, "digits", "out", "--shard-mb", "nan"], "Invalid value for '--shard-mb'"),
+    ([*C, "digits", "out", "--row-group-mb", "nan"], "Invalid value for '--row-group-mb'"),
+    ([*C, "digits", "out", "--row-group-mb", "inf"], "Invalid value for '--row-group-mb'"),
+    ([*C, "digits", "out", "--row-group-mb", "0.0001"], "Invalid value for '--row-group-mb'"),
+    ([*C, "digits", "out", "--shuffle", "9" * 23], "Invalid value for '--shuffle'"),
     ([*C, "digits", "nosuch://x/y"], "error: DEST = nosuch://x/y: cannot be written: no such scheme"),
 ]
 

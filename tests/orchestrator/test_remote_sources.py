@@ -10,9 +10,11 @@ import json
 import logging
 import os
 import pickle
+import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -29,6 +31,7 @@ from PIL import Image
 
 from dino_core.config import ConfigError
 from orchestrator.config import DataConfig
+from orchestrator.data import storage
 from orchestrator.data.images import BadImage, load_image
 from orchestrator.data.readers import table
 from orchestrator.data.sources import Source, open_source
@@ -223,6 +226,46 @@ def test_credentials_that_do_not_suffice() -> None:
     assert "very-secret" not in str(caught.value)
 
 
+class _Failing(_Forbidden):
+    """A service in trouble; at /none it knows that there is nothing."""
+
+    def do_GET(self) -> None:
+        self.send_response(404 if self.path == "/none" else 503)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_HEAD = do_GET  # noqa: N815
+
+
+def test_why_a_web_server_has_nothing() -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))  # and does not listen
+        closed = f"http://127.0.0.1:{unused.getsockname()[1]}/x.tar"
+        with pytest.raises(ConfigError, match=r"data.source = http://.*x\.tar: cannot be opened: connection refused"):
+            open_source(DataConfig(source=closed))
+    with pytest.raises(ConfigError, match=r"cannot be opened: unknown host"):
+        open_source(DataConfig(source="http://nobody.invalid/x.tar"))
+    with serving(_Failing) as address:
+        with pytest.raises(ConfigError, match=r"cannot be opened: the server failed: 503"):
+            open_source(DataConfig(source=f"{address}/x.tar"))
+        with pytest.raises(ConfigError, match=r"no such file or folder"):
+            open_source(DataConfig(source=f"{address}/none"))
+    with serving(_Forbidden) as address, pytest.raises(ConfigError, match=r"may not be seen with these credentials"):
+        open_source(DataConfig(source=f"{address}/x.tar"))
+
+
+def test_googles_client_gives_up_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "_OPENING_RETRIES_S", 1)
+    address = "gs://anonymous@bucket/x?endpoint_override=nobody.invalid&scheme=http"
+    start = time.monotonic()
+    with pytest.raises(ConfigError) as caught:
+        open_source(DataConfig(source=address))
+    assert time.monotonic() - start < 20
+    told = "data.source = gs://anonymous@bucket/x: cannot be opened: PerformWork() - CURL error [6]="
+    assert str(caught.value).startswith(told)
+    assert len(str(caught.value)) < 150
+
+
 @pytest.mark.parametrize(
     "source",
     ["s3://me:hunter2@bucket/x", "s3://me:hunter2@bucket/x/*.png?region=a", "abfs://c@a/x?client_secret=hunter2"],
@@ -359,6 +402,7 @@ def test_a_data_set_of_the_hub(tmp_path: Path) -> None:
     code = """
 from orchestrator.config import DataConfig
 from orchestrator.data.readers import table
+from orchestrator.data import storage
 from orchestrator.data.images import load_image
 from orchestrator.data.sources import open_source
 for path in ("data", "data/train-00001-of-00002.parquet", "data/*.parquet"):

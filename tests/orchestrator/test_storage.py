@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dino_core.config import ConfigError
+from orchestrator.config import DataConfig
 from orchestrator.data.patterns import expand_braces, is_pattern, select
-from orchestrator.data.sources import absolute_source
+from orchestrator.data.sources import absolute_source, open_source
 from orchestrator.data.storage import LocalFolder, find, is_url, locate
 
 KEY = "data.source"
@@ -99,6 +103,60 @@ def test_a_local_folder(tmp_path: Path) -> None:
     assert below.stat("b").modified_ns == os.stat(tmp_path / "sub/b").st_mtime_ns
     with pytest.raises(FileNotFoundError):
         below.stat("c")
+
+
+def test_a_link_to_itself_is_one_file_that_cannot_be_read(tmp_path: Path) -> None:
+    fill(tmp_path, "cat/a.png", "dog/b.png")
+    for name in ("cat/self", "dog/self.png"):
+        (tmp_path / name).symlink_to(tmp_path / name)
+    folder = LocalFolder(str(tmp_path))
+    assert folder.files() == ["cat/a.png", "cat/self", "dog/b.png", "dog/self.png"]
+    with pytest.raises(FileNotFoundError, match="leads to itself"):
+        folder.stat("dog/self.png")
+    with pytest.raises(OSError, match=r"self\.png"):
+        folder.read("dog/self.png")
+    source = open_source(DataConfig(source=str(tmp_path)))
+    assert (len(source.train), len(source.digest())) == (3, 32)
+
+
+def test_a_sub_folder_that_goes_while_it_is_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(tmp_path, "cat/a.png", "dog/b.png")
+    scandir = os.scandir
+
+    def gone(path: str) -> Any:
+        if str(path).endswith("cat"):
+            shutil.move(path, tmp_path / ".gone")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", gone)
+    assert LocalFolder(str(tmp_path)).files() == ["cat", "dog/b.png"]
+    with pytest.raises(FileNotFoundError):
+        LocalFolder(str(tmp_path / "cat")).files()  # the folder itself
+
+
+def test_a_sub_folder_that_may_not_be_entered_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(tmp_path, "cat/a.png", "dog/b.png")
+    scandir = os.scandir
+
+    def forbidden(path: str) -> Any:  # as mode 000 does for all but root, who may run the tests
+        if path.endswith("cat"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", forbidden)
+    with pytest.raises(ConfigError, match=r"cannot be listed: .*Permission denied: .*cat"):
+        find(KEY, str(tmp_path))
+
+
+def test_what_is_neither_a_file_nor_a_folder() -> None:
+    with pytest.raises(ConfigError, match=r"data.source = /dev/null: is neither a file nor a folder"):
+        locate(KEY, "/dev/null")
+
+
+def test_an_empty_source_is_not_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(fill(tmp_path, "a.png"))
+    with pytest.raises(ConfigError, match=r"data.source: is empty; must be digits"):
+        open_source(DataConfig(source=""))
 
 
 def test_absolute_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

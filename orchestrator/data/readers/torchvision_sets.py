@@ -185,6 +185,7 @@ def open_torchvision(config: DataConfig) -> Source:
         chosen: tuple[str, str | None] = choose_splits(config, kind.splits, what)
     else:
         chosen = ("", None) if not asked else choose_splits(config, (), what)
+    _refuse_nothing(config, name, root)
     opened = [None if split is None else _Opened.of(config, name, root, split) for split in chosen]
     found = [part for part in opened if part is not None]
     location = f"{name} in {root}"
@@ -195,6 +196,21 @@ def open_torchvision(config: DataConfig) -> Source:
     train, test = [None if part is None else Split(part.reader, part.labels) for part in opened]
     assert train is not None
     return Source("torchvision", location, train, test, _class_names(found), digest)
+
+
+def _refuse_nothing(config: DataConfig, name: str, root: str) -> None:
+    """Raise ConfigError if nothing lies in the folder and nothing is fetched: torchvision need not be imported then."""
+    fetched = config.download and _SETS[name].can_download
+    if fetched or name == "FakeData":
+        return
+    try:
+        with os.scandir(root) as entries:
+            problem = "is empty" if next(entries, None) is None else None
+    except OSError as error:
+        problem = f"cannot be listed: {error.strerror}"
+    if problem is not None:
+        remedy = "or data.download=true fetches it" if _SETS[name].can_download else "which cannot be downloaded"
+        raise ConfigError(f"data.source = {config.source}: data.root = {root} {problem}; it must hold {name}, {remedy}")
 
 
 def _no_such_set(config: DataConfig, name: str) -> ConfigError:
