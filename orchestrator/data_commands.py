@@ -191,6 +191,7 @@ def _summary(done: Converted, options: ConvertOptions) -> list[str]:
     lines[0] += f"{show_bytes(done.size)}"
     if done.left_out:
         lines.append(f"left out: {len(done.left_out):,} unusable, listed in {LEFT_OUT_FILE}")
+    lines += [f"note: {note}" for note in done.notes]
     if options.shorter_side is not None:
         kept = sum(done.images.values()) - done.shrunk
         lines.append(

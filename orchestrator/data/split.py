@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,9 @@ from orchestrator.data.storage import is_url
 
 DIGEST_LENGTH = 32
 _REMOTE_READS = 16
+_LISTED = 10
+_FOR_TESTS = ("test", "testing", "validation", "val", "valid", "dev")
+"""Names of splits that can be tested on, the likeliest first."""
 
 
 class DamagedRecord(OSError):
@@ -77,6 +80,11 @@ class Source:
     classes: tuple[str, ...]
     """Names of the labels, those of both splits; empty without labels."""
     compute_digest: Callable[[], str]
+    unused: Mapping[str, int | None] = field(default_factory=dict)
+    """Other splits that are there, and their images (None: not counted, since that would mean reading them); under ""
+    images of no split."""
+    remarks: tuple[str, ...] = ()
+    """What else was found or chosen and is not what one may expect, for people."""
 
     @property
     def num_samples(self) -> int:
@@ -92,11 +100,30 @@ class Source:
         """One line for people."""
         tests = f" and {len(self.test)} test" if self.test is not None else ""
         classes = f" in {len(self.classes)} classes" if self.classes else " without labels"
-        return f"{self.kind} {self.location}: {len(self.train)} training{tests} images{classes}"
+        line = f"{self.kind} {self.location}: {len(self.train)} training{tests} images{classes}"
+        return "; ".join((line, *self.notes()))
+
+    def notes(self) -> list[str]:
+        """What people should know beside that, a clause each: what is not used, and what was chosen unasked."""
+        notes = list(self.remarks)
+        if self.unused:
+            counts = [count for count in self.unused.values() if count is not None]
+            total = f"{sum(counts)} image{'' if sum(counts) == 1 else 's'}" if counts else "images"
+            names = [
+                f"{name if name.isprintable() and name else repr(name)}{'' if count is None else f' {count}'}"
+                for name, count in self.unused.items()
+            ]
+            notes.append(f"{total} of other splits unused ({enumerate_names(names)})")
+        if self.test is None:
+            likely = {name.casefold(): name for name in self.unused}
+            instead = next((likely[name] for name in _FOR_TESTS if name in likely), None)
+            if instead is not None:
+                notes.append(f"no split {DataConfig.test_split}; there is {instead}: data.test_split={instead}")
+        return notes
 
 
-Labels = Sequence[str] | Sequence[int] | None
-"""One label per image, or None."""
+Labels = Sequence[str | None] | Sequence[int | None] | None
+"""One label per image, None for one that has none; or None for all."""
 
 
 def build_source(
@@ -106,28 +133,73 @@ def build_source(
     compute_digest: Callable[[], str],
     class_names: Sequence[str] = (),
     is_remote: bool | None = None,
+    unused: Mapping[str, int | None] | None = None,
+    remarks: Sequence[str] = (),
 ) -> Source:
     """A `Source` of readers and labels as they are stored (train, then test), the labels numbered over both.
 
     `class_names` says what labels that are numbers stand for; those beyond it, and all without it, are called by the
-    number. `is_remote`: whether a service holds the images; None: if it holds what `location` names.
+    number. `is_remote`: whether a service holds the images; None: if it holds what `location` names. A split of which
+    an image has no label has none at all, and the source remarks on it. `unused` and `remarks`: see `Source`.
     """
     reads_at_once = _REMOTE_READS if (is_url(location) if is_remote is None else is_remote) else 1
-    found = [labels for part in parts if part is not None and (labels := part[1]) is not None]
-    names = sorted({label for labels in found for label in labels})
-    place = {name: index for index, name in enumerate(names)}
+    missing = [0 if part is None or part[1] is None else part[1].count(None) for part in parts]
+    used = [None if part is None or lacking else part[1] for part, lacking in zip(parts, missing, strict=True)]
+    found = {label for labels in used if labels is not None for label in labels if label is not None}
+    names = sorted(found, key=lambda label: (0, label, "") if isinstance(label, int) else (1, 0, label))
+    place: dict[str | int | None, int] = {name: index for index, name in enumerate(names)}
     splits: list[Split | None] = []
-    for part in parts:
+    for part, labels in zip(parts, used, strict=True):
         if part is None:
             splits.append(None)
             continue
-        reader, labels = part
+        reader = part[0]
         numbers = None if labels is None else np.fromiter((place[label] for label in labels), np.int64, len(reader))
         splits.append(Split(reader, numbers, reads_at_once))
     train, test = splits
     assert train is not None
     called = (class_names[name] if isinstance(name, int) and name < len(class_names) else str(name) for name in names)
-    return Source(kind, location, train, test, tuple(called), compute_digest)
+    told = (*remarks, *_lacking_labels(splits, missing))
+    return Source(kind, location, train, test, tuple(called), compute_digest, dict(unused or {}), told)
+
+
+def _lacking_labels(splits: Sequence[Split | None], missing: Sequence[int]) -> list[str]:
+    """That images lack a label, where others have one: `missing` of each split."""
+    told = []
+    for name, split, lacking in zip(("training", "test"), splits, missing, strict=True):
+        if split is None or not lacking:
+            continue
+        if lacking < len(split):
+            verb = "has" if lacking == 1 else "have"
+            told.append(f"{lacking} of {len(split)} {name} images {verb} no label, so their labels are ignored")
+        elif any(other is not None and other.labels is not None for other in splits):
+            told.append(f"the {name} images have no labels")
+    return told
+
+
+class SplitRows(NamedTuple):
+    """The rows of a list or a table by split."""
+
+    train: NDArray[np.int64]
+    test: NDArray[np.int64] | None
+    """None if there is none."""
+    unused: dict[str, int]
+    """Rows of each other split; of those in none under \"\"."""
+
+
+def split_by_code(config: DataConfig, codes: NDArray[np.int64], names: Sequence[str], what: str) -> SplitRows:
+    """The rows by split. `codes` [num_rows]: the place of each one's split in `names`, -1 for a row of none.
+
+    Raises:
+        ConfigError: As `choose_splits`.
+    """
+    train, test = choose_splits(config, [name for name in names if name], what)
+    counts = dict(zip(("", *names), np.bincount(codes + 1, minlength=len(names) + 1).tolist(), strict=False))
+    if "" in names:  # it is one with no name at all
+        counts[""] = int(np.count_nonzero((codes < 0) | (codes == names.index(""))))
+    unused = {name: counts[name] for name in sorted(counts) if counts[name] and name not in (train, test)}
+    train_rows = np.flatnonzero(codes == names.index(train))
+    return SplitRows(train_rows, None if test is None else np.flatnonzero(codes == names.index(test)), unused)
 
 
 def choose_splits(config: DataConfig, available: Collection[str], what: str) -> tuple[str, str | None]:
@@ -152,6 +224,10 @@ def unknown(key: str, value: str, available: Collection[str], what: str) -> Conf
     names = sorted(available)
     near = difflib.get_close_matches(value, names, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
-    listed = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
     verb = "is" if len(names) == 1 else "are"
-    return ConfigError(f"{key} = {value}: no such {what}; there {verb} {listed or 'none'}{hint}")
+    return ConfigError(f"{key} = {value}: no such {what}; there {verb} {enumerate_names(names) or 'none'}{hint}")
+
+
+def enumerate_names(names: Sequence[str]) -> str:
+    """With commas; of many the first ten."""
+    return ", ".join(names[:_LISTED]) + (f" and {len(names) - _LISTED} more" if len(names) > _LISTED else "")

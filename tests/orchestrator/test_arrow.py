@@ -169,7 +169,9 @@ def test_a_struct_without_bytes_names_a_file(tmp_path: Path) -> None:
 
 def test_the_only_column_of_images_is_taken(tmp_path: Path) -> None:
     source = open_at(write(tmp_path / "a.arrow", {"img": images(0, 2), "id": ["x", "y"]}))
-    assert source.describe() == f"arrow {tmp_path}/a.arrow (images from column img): 2 training images without labels"
+    assert source.describe() == (
+        f"arrow {tmp_path}/a.arrow: 2 training images without labels; images from column img; columns not used: id"
+    )
     two = write(tmp_path / "b.arrow", {"img": images(0, 2), "mask": structs(0, 2)})
     with pytest.raises(ConfigError, match=r"data.image_column = image: no such column in b.arrow; there are img, mask"):
         open_at(two)
@@ -190,7 +192,8 @@ def huggingface(features: dict[str, Any]) -> dict[str, str]:
 def test_columns_that_hugging_face_describes(tmp_path: Path) -> None:
     columns = {"blob": [b"", b"", b""], "img": structs(0, 3), "fine": [2, 0, 2]}
     source = open_at(write(tmp_path / "a.arrow", columns, metadata=huggingface(FEATURES)))
-    assert source.location.endswith("(images from column img, labels from column fine)")
+    assert source.notes() == ["images from column img", "labels from column fine", "columns not used: blob"]
+    assert source.location == f"{tmp_path}/a.arrow"
     assert (source.classes, labels(source.train)) == (("cat", "elk"), [1, 0, 1])
     pq.write_table(pa.table(columns).replace_schema_metadata(huggingface(FEATURES)), tmp_path / "a.parquet")
     assert open_at(tmp_path / "a.parquet").classes == ("cat", "elk")

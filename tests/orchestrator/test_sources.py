@@ -132,7 +132,10 @@ def test_split_folders(tmp_path: Path) -> None:
     other = open_at(tmp_path, train_split="test", test_split="val")
     assert other.test is not None
     assert (len(other.train), len(other.test)) == (2, 1)
-    assert other.test.labels is None  # one class is none
+    assert other.test.labels is not None
+    assert other.classes == ("dog", "elk", "x")
+    assert other.test.labels.tolist() == [2]
+    assert other.describe().endswith("; 2 images of other splits unused (train 2)")
 
 
 def test_a_training_folder_alone(tmp_path: Path) -> None:

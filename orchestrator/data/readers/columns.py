@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from dino_core.config import ConfigError
 from orchestrator.config import DataConfig
-from orchestrator.data.split import Labels, choose_splits, unknown
+from orchestrator.data.split import Labels, SplitRows, enumerate_names, split_by_code, unknown
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -34,8 +34,8 @@ class Columns:
     split: str | None
     class_names: tuple[str, ...]
     """Of labels that are numbers, what each stands for; empty if nothing says so."""
-    note: str
-    """What was chosen though it was not named, for people; mostly empty."""
+    remarks: tuple[str, ...]
+    """What was chosen though it was not named, and what was not, for people."""
 
 
 def choose_columns(config: DataConfig, schema: pa.Schema, features: Features, name: str) -> Columns:
@@ -71,7 +71,10 @@ def choose_columns(config: DataConfig, schema: pa.Schema, features: Features, na
     split = config.split_column if _has(config, "split_column", schema) else None
     names = features.get(label, {}).get("names") if label and _feature(features, label) == "ClassLabel" else None
     fields = tuple(field for field in ("bytes", "path") if kind.get_field_index(field) >= 0) if kind.num_fields else ()
-    return Columns(image, fields, label, split, tuple(map(str, names or ())), ", ".join(notes))
+    others = [column for column in schema.names if column not in (image, label, split)]
+    if others and (notes or label is None):
+        notes.append(f"columns not used: {enumerate_names(others)}")
+    return Columns(image, fields, label, split, tuple(map(str, names or ())), tuple(notes))
 
 
 def schema_features(schema: pa.Schema) -> Features:
@@ -114,8 +117,8 @@ def _is_bytes(kind: pa.DataType) -> bool:
 
 def split_rows(
     config: DataConfig, column: Callable[[], pa.ChunkedArray] | None, names: Sequence[str], file_rows: Sequence[int]
-) -> tuple[NDArray[np.int64], NDArray[np.int64] | None]:
-    """The rows of the training and of the test split (None if there is none).
+) -> SplitRows:
+    """The rows by split.
 
     Splits are the values of `column`; where that is None, the part of the file names before `-00000-of-` if all have
     one.
@@ -132,18 +135,16 @@ def split_rows(
         prefixes = [re.match(r"(.+?)-\d+-of-\d+", os.path.basename(name)) for name in names]
         asked = config.train_split != DataConfig.train_split or config.test_split != DataConfig.test_split
         if not asked and not all(prefixes):
-            return np.arange(sum(file_rows), dtype=np.int64), None
+            return SplitRows(np.arange(sum(file_rows), dtype=np.int64), None, {})
         file_splits = [match[1] if match else "" for match in prefixes]
         values = sorted(set(file_splits) - {""})
         of_row = np.repeat([values.index(split) if split else -1 for split in file_splits], file_rows)
         what = "split by file name, and no column " + config.split_column
-    train, test = choose_splits(config, values, what)
-    train_rows = np.flatnonzero(of_row == values.index(train))
-    return train_rows, None if test is None else np.flatnonzero(of_row == values.index(test))
+    return split_by_code(config, of_row, values, what)
 
 
 def labels_of(columns: Columns, column: pa.ChunkedArray | None, rows: NDArray[np.int64]) -> Labels:
-    """The labels of some rows; None if one of them has none (null, or a negative number).
+    """The labels of some rows, None for one that has none (null, or a negative number); None without a column.
 
     Raises:
         ConfigError: The column holds neither whole numbers nor text.
@@ -157,5 +158,4 @@ def labels_of(columns: Columns, column: pa.ChunkedArray | None, rows: NDArray[np
     if not (is_text or pa.types.is_integer(kind)):
         raise ConfigError(f"data.label_column = {columns.label}: must hold whole numbers or text, not {column.type}")
     labels = column.take(pa.array(rows)).to_pylist()
-    missing = any(label is None or (not is_text and label < 0) for label in labels)
-    return None if missing else labels
+    return labels if is_text else [None if label is None or label < 0 else label for label in labels]

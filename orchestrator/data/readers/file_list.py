@@ -20,7 +20,16 @@ from dino_core.config import ConfigError
 from orchestrator.config import DataConfig
 from orchestrator.data.readers.folder import IMAGE_SUFFIXES, Files
 from orchestrator.data.readers.text_labels import are_numbers, choose_labels
-from orchestrator.data.split import DIGEST_LENGTH, Labels, Source, build_source, choose_splits, unknown
+from orchestrator.data.split import (
+    DIGEST_LENGTH,
+    Labels,
+    Source,
+    SplitRows,
+    build_source,
+    choose_splits,
+    split_by_code,
+    unknown,
+)
 from orchestrator.data.storage import Folder, LocalFolder, RemoteFolder, locate
 
 LIST_SUFFIXES = frozenset((".txt", ".csv", ".tsv"))
@@ -77,12 +86,13 @@ def open_list(config: DataConfig, folder: Folder, name: str) -> Source:
             Files(base, paths if len(part) == len(paths) else [paths[row] for row in part.tolist()]),
             None if codes is None else choose_labels(names, codes[part], numbers=numbers),
         )
-        for part in rows
+        for part in (rows.train, rows.test)
     ]
     content_hash = hashlib.sha256(content).digest()
     digest = partial(_digest, content_hash, base, paths)
     is_remote = isinstance(base, RemoteFolder)
-    return build_source("list", f"{folder.address}/{name}", parts, digest, is_remote=is_remote)
+    location = f"{folder.address}/{name}"
+    return build_source("list", location, parts, digest, is_remote=is_remote, unused=rows.unused)
 
 
 def _decode(config: DataConfig, content: bytes) -> str:
@@ -207,19 +217,15 @@ def _check_some_exist(config: DataConfig, folder: Folder, paths: Sequence[str], 
     raise ConfigError(f"data.source = {config.source}: line {lines[0]}: {first} is not there, {many}")
 
 
-def _split_rows(config: DataConfig, found: _List) -> tuple[NDArray[np.int64], NDArray[np.int64] | None]:
-    """The rows of the training and of the test split."""
+def _split_rows(config: DataConfig, found: _List) -> SplitRows:
+    """The rows by split."""
     values = found.values.get(config.split_column)
     if values is None:
         if (config.train_split, config.test_split) != (DataConfig.train_split, DataConfig.test_split):
             choose_splits(config, (), f"split: the list has no column {config.split_column}")
-        return np.arange(len(found.paths), dtype=np.int64), None
+        return SplitRows(np.arange(len(found.paths), dtype=np.int64), None, {})
     codes, names = _encode(values)
-    train, test = choose_splits(config, names, f"value in column {config.split_column}")
-    return (
-        np.flatnonzero(codes == names.index(train)),
-        None if test is None else np.flatnonzero(codes == names.index(test)),
-    )
+    return split_by_code(config, codes, names, f"value in column {config.split_column}")
 
 
 def _encode(values: Sequence[str]) -> tuple[NDArray[np.int64], list[str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 
 from dino_core.config import ConfigError
 from orchestrator.config import DataConfig
-from orchestrator.data.split import DIGEST_LENGTH, Labels, Source, build_source, choose_splits
+from orchestrator.data.split import DIGEST_LENGTH, Source, build_source, choose_splits, enumerate_names
 from orchestrator.data.storage import Folder, Place
 
 IMAGE_SUFFIXES = frozenset(
@@ -24,10 +25,11 @@ IMAGE_SUFFIXES = frozenset(
     )
 )
 
-_SPLIT_NAMES = frozenset(
-    ("train", "training", "test", "testing", "val", "valid", "validation", "dev", "unlabeled", "unlabelled", "extra")
+_TRAIN_NAMES = frozenset(("train", "training"))
+_SPLIT_NAMES = _TRAIN_NAMES | frozenset(
+    ("test", "testing", "val", "valid", "validation", "dev", "unlabeled", "unlabelled", "extra")
 )
-"""Sub-folders of these names, and no others, are taken for splits, not classes."""
+"""Sub-folders of these names, in any case, are taken for splits, not classes."""
 
 
 class Files:
@@ -72,15 +74,16 @@ class Files:
 def open_folder(config: DataConfig, place: Place) -> Source:
     """The source of the files of `place` (not empty), all of them images.
 
-    Sub-folders are splits if one has the name of `data.train_split` and the others are splits by their names too (or
-    `data.train_split` is not the default, so that it was meant). Within a split, sub-folders are classes if every image
-    lies in one and there are at least two.
+    Sub-folders are splits if all are so by their names, or if `data.train_split` or `data.test_split` is not the
+    default, so that splits are meant. Below a split, sub-folders are classes if one split, of those used, has two.
 
     Raises:
-        ConfigError: A split that is not there, or images beside the splits.
+        ConfigError: A split that is not there; images beside the splits, or folders, where splits were not asked for.
     """
     tops = {name.split("/", 1)[0] for name in place.files if "/" in name}
     loose = next((name for name in place.files if "/" not in name), None)
+    counts = Counter(name.split("/", 1)[0] for name in place.files if "/" in name)
+    unused: dict[str, int | None] = {}
     if not _are_splits(config, tops, loose is not None):
         parts = [_Part.of(place, None)]
     else:
@@ -96,21 +99,41 @@ def open_folder(config: DataConfig, place: Place) -> Source:
                 f"data.source = {config.source}: {loose} lies beside the split folders; move it into one or away"
             )
         parts = [_Part.of(place, split) for split in splits if split is not None]
-    labelled = [(part.reader, part.labels) for part in parts]
-    return build_source("folder", place.address, [*labelled, None][:2], partial(_digest, parts))
+        unused = {top: counts[top] for top in sorted(tops.difference(splits))}
+    labelled = any(len(set(part.folders) - {None}) > 1 for part in parts)
+    opened = [(part.reader, part.folders if labelled else None) for part in parts]
+    return build_source("folder", place.address, [*opened, None][:2], partial(_digest, parts), unused=unused)
 
 
 def _are_splits(config: DataConfig, tops: set[str], loose: bool) -> bool:
     if config.train_split != DataConfig.train_split or config.test_split != DataConfig.test_split:
         return True  # they were asked for, so a missing one is an error
-    return bool(tops) and tops <= _SPLIT_NAMES and (config.train_split in tops or not loose)
+    strays = {top for top in tops if top.casefold() not in _SPLIT_NAMES}
+    splits = sorted(tops - strays)
+    if strays and len(splits) > 1 and any(split.casefold() in _TRAIN_NAMES for split in splits):
+        # As classes they would make of the images to test on images to train on.
+        raise ConfigError(
+            f"data.source = {config.source}: holds the split folders {enumerate_names(splits)} beside "
+            f"{enumerate_names(sorted(strays))}; {_remedy(splits)}"
+        )
+    return bool(tops) and not strays and (config.train_split in tops or not loose)
+
+
+def _remedy(splits: Sequence[str]) -> str:
+    """What to do about folders beside the splits; naming these helps where they are not called as by default."""
+    train = next(split for split in splits if split.casefold() in _TRAIN_NAMES)
+    test = next(split for split in splits if split != train) if DataConfig.test_split not in splits else "test"
+    if (train, test) == (DataConfig.train_split, DataConfig.test_split):
+        return "move the latter away"
+    return f"move the latter away, or name the splits, such as data.train_split={train} data.test_split={test}"
 
 
 class _Part(NamedTuple):
     """The files of one split."""
 
     reader: Files
-    labels: Labels
+    folders: Sequence[str | None]
+    """Of each, the first folder below the split, which is its class; None for one that lies in none."""
     sizes: Sequence[int] | None
     """Bytes of each, if the listing told."""
 
@@ -119,12 +142,10 @@ class _Part(NamedTuple):
         """Those in the sub-folder `split`, or all."""
         prefix = f"{split}/" if split else ""
         stats = {name[len(prefix) :]: stat for name, stat in place.files.items() if name.startswith(prefix)}
-        classes = [name.split("/", 1)[0] if "/" in name else None for name in stats]
-        labelled = None not in classes and len(set(classes)) > 1
+        folders = [name.split("/", 1)[0] if "/" in name else None for name in stats]
         reader = Files(place.folder.below(split) if split else place.folder, list(stats))
         sizes = [stat.size for stat in stats.values() if stat is not None]
-        labels = [str(label) for label in classes] if labelled else None
-        return cls(reader, labels, sizes if len(sizes) == len(stats) else None)
+        return cls(reader, folders, sizes if len(sizes) == len(stats) else None)
 
 
 def _digest(parts: Sequence[_Part]) -> str:

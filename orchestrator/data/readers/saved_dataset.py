@@ -44,16 +44,24 @@ def open_saved(config: DataConfig, place: Place) -> Source:
         splits = choose_splits(config, available, f"split in {_DICT}")
         opened = [_Saved(config, place.folder.below(split)) for split in splits if split is not None]
         parts: list[tuple[Table, Labels] | None] = [*(part.whole() for part in opened), None][:2]
+        unused: dict[str, int | None] = dict.fromkeys(sorted(set(available) - set(splits)))
     else:
         opened = [_Saved(config, place.folder)]
-        parts = opened[0].splits()
+        parts, unused = opened[0].splits()
     columns = opened[0].table.columns
     for part in opened[1:]:
         if part.table.columns.class_names != columns.class_names:
             raise ConfigError(f"data.source = {config.source}: the classes of its splits are not the same")
     found = digest(*(part.fingerprint() for part in opened))
-    location = f"{place.address} ({columns.note})" if columns.note else place.address
-    return build_source("saved data set", location, parts, partial(str, found), columns.class_names)
+    return build_source(
+        "saved data set",
+        place.address,
+        parts,
+        partial(str, found),
+        columns.class_names,
+        unused=unused,
+        remarks=columns.remarks,
+    )
 
 
 class _Saved:
@@ -77,11 +85,13 @@ class _Saved:
         """All of it."""
         return self.table.part(self._rows, self._labels)
 
-    def splits(self) -> list[tuple[Table, Labels] | None]:
-        """Its training and its test rows."""
+    def splits(self) -> tuple[list[tuple[Table, Labels] | None], dict[str, int | None]]:
+        """Its training and its test rows, and the number of those of each other split."""
         column = None if self._splits is None else partial(self._splits.take, self._rows)
         rows = split_rows(self._config, column, [_STATE], [len(self._rows)])
-        return [None if part is None else self.table.part(self._rows[part], self._labels) for part in rows]
+        parts = (rows.train, rows.test)
+        found = [None if part is None else self.table.part(self._rows[part], self._labels) for part in parts]
+        return found, dict(rows.unused)
 
     def fingerprint(self) -> bytes:
         """Everything that says which rows there are."""

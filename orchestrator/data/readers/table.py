@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from dino_core.config import ConfigError
 from orchestrator.config import DataConfig
 from orchestrator.data.readers.columns import Columns, Features, choose_columns, labels_of, schema_features, split_rows
+from orchestrator.data.readers.shard_names import check_complete
 from orchestrator.data.split import DIGEST_LENGTH, DamagedRecord, Labels, Source, build_source
 from orchestrator.data.storage import Folder, LocalFolder, Place
 
@@ -275,18 +276,27 @@ def open_table(config: DataConfig, format: Format, place: Place) -> Source:
     Hugging Face `datasets` says of the columns is used, see `choose_columns`.
 
     Raises:
-        ConfigError: A file that is not of this format, or a column or split that is not there or of another type.
+        ConfigError: A file that is not of this format, one that is missing from a numbered set, or a column or split
+            that is not there or of another type.
     """
+    check_complete(config, place.files)
     table = StoredTable.open(config, format, place)
     columns = table.columns
     read = table.read((columns.label, columns.split))
     split = partial(read.__getitem__, columns.split) if columns.split else None
     labels = read.get(columns.label) if columns.label else None
     rows = split_rows(config, split, [file.name for file in table.files], table.file_rows)
-    parts = [None if part is None else table.part(part, labels) for part in rows]
-    location = f"{place.address} ({columns.note})" if columns.note else place.address
-    found = digest(table.fingerprint())
-    return build_source(format.kind, location, parts, partial(str, found), columns.class_names)
+    parts = [None if part is None else table.part(part, labels) for part in (rows.train, rows.test)]
+    compute_digest = partial(str, digest(table.fingerprint()))
+    return build_source(
+        format.kind,
+        place.address,
+        parts,
+        compute_digest,
+        columns.class_names,
+        unused=rows.unused,
+        remarks=columns.remarks,
+    )
 
 
 def _head(config: DataConfig, format: Format, place: Place, name: str) -> tuple[File, Head]:

@@ -27,12 +27,10 @@ def choose_labels(names: Sequence[str], codes: NDArray[np.int64], *, numbers: bo
         numbers: Whether the names are whole numbers, to be ordered as such; negative ones then mean no label.
 
     Returns:
-        One label per image; None if any image has none.
+        One label per image, None for one that has none.
     """
-    if len(codes) and codes.min() < 0:
-        return None
     if not numbers:
-        return [names[code] for code in codes.tolist()]
-    values = [int(name) for name in names]
-    labels = [values[code] for code in codes.tolist()]
-    return None if any(label < 0 for label in labels) else labels
+        texts = [*names, None]  # code -1 is the last
+        return [texts[code] for code in codes.tolist()]
+    values = [*(number if (number := int(name)) >= 0 else None for name in names), None]
+    return [values[code] for code in codes.tolist()]

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from dino_core.config import ConfigError
 from orchestrator.config import DataConfig
+from orchestrator.data.readers.shard_names import check_complete
 from orchestrator.data.readers.tar_index import Choice, Shard, ShardIndex, index_shard
 from orchestrator.data.readers.text_labels import are_numbers, choose_labels
 from orchestrator.data.split import DIGEST_LENGTH, Labels, Source, build_source, choose_splits, unknown
@@ -195,9 +196,11 @@ def open_tars(config: DataConfig, folder: Folder, names: Sequence[str]) -> Sourc
     a split was asked for, all shards are training data.
 
     Raises:
-        ConfigError: A shard that is damaged, cut short or compressed, no images, or a label or split that is not there.
+        ConfigError: A shard that is damaged, cut short, compressed or missing from a numbered set, no images, or a
+            label or split that is not there.
     """
-    train, test = _split_shards(config, names)
+    check_complete(config, names)
+    train, test, unused = _split_shards(config, names)
     opened = _open_all(config, folder, [*train, *test])
     shards, indexes = [shard for shard, _ in opened], [index for _, index in opened]
     if not any(len(index.offsets) for index in indexes[: len(train)]):
@@ -211,11 +214,12 @@ def open_tars(config: DataConfig, folder: Folder, names: Sequence[str]) -> Sourc
         labels = choose_labels(label_names, np.concatenate(codes[part]), numbers=numbers)
         parts.append((Tars(shards[part], indexes[part]), labels))
     location = f"{folder.address}/{names[0]}" if len(names) == 1 else folder.address
-    return build_source("webdataset", location, parts, partial(_digest, [part[0] for part in parts if part]))
+    digest = partial(_digest, [part[0] for part in parts if part])
+    return build_source("webdataset", location, parts, digest, unused=dict.fromkeys(unused))
 
 
-def _split_shards(config: DataConfig, names: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
-    """The shards of the training and of the test split."""
+def _split_shards(config: DataConfig, names: Sequence[str]) -> tuple[Sequence[str], Sequence[str], Sequence[str]]:
+    """The shards of the training and of the test split, and the names of other splits."""
     asked = (config.train_split, config.test_split) != (DataConfig.train_split, DataConfig.test_split)
     folders = [name.split("/", 1)[0] if "/" in name else "" for name in names]
     prefixes = [_prefix(name) for name in names]
@@ -225,10 +229,11 @@ def _split_shards(config: DataConfig, names: Sequence[str]) -> tuple[Sequence[st
         if found & {config.train_split, config.test_split} and (asked or ("" not in splits and len(found) > 1)):
             train, test = choose_splits(config, found, "split of the shards")
             pairs = list(zip(names, splits, strict=True))
-            return [name for name, split in pairs if split == train], [name for name, split in pairs if split == test]
+            of_train, of_test = ([name for name, split in pairs if split == wanted] for wanted in (train, test))
+            return of_train, of_test, sorted({*splits} - {train, test})
     if asked:
         choose_splits(config, {*folders, *words} - {""}, "split of the shards, by folder or name")
-    return names, ()
+    return names, (), ()
 
 
 def _prefix(name: str) -> str:

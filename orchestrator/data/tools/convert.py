@@ -81,6 +81,8 @@ class Converted:
     shrunk: int
     """Images that were made smaller."""
     left_out: tuple[LeftOut, ...]
+    notes: tuple[str, ...]
+    """Of the source: what is not used, and so not written, and what was chosen unasked."""
 
 
 def convert(
@@ -155,6 +157,7 @@ class _Conversion:
             size=sum(entry["bytes"] for entry in every),
             shrunk=self._shrunk,
             left_out=tuple(self._left_out),
+            notes=tuple(map(printable, self._source.notes())),
         )
 
     def _mean_bytes(self, split: Split) -> float:
@@ -255,6 +258,7 @@ class _Conversion:
             "source": source,
             "options": options,
             "classes": list(self._source.classes),
+            "notes": list(map(printable, self._source.notes())),
             "left_out": len(self._left_out),
             "shrunk": self._shrunk,
             "splits": {

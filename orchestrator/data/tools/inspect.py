@@ -104,6 +104,8 @@ class Inspection:
     kind: str
     location: str
     digest: str
+    notes: tuple[str, ...]
+    """What is not used, and what was chosen unasked."""
     splits: dict[str, SplitReport]
     """`train` and, where there is one, `test`."""
     duplicates: tuple[dict[str, list[int]], ...]
@@ -223,6 +225,7 @@ def inspect(
         kind=source.kind,
         location=source.location,
         digest=source.digest(),
+        notes=tuple(map(printable, source.notes())),
         splits={name: _report(split, tallies[name], duplicates, name, crops) for name, split in splits.items()},
         duplicates=tuple(duplicates),
         leaks=tuple(

@@ -93,7 +93,7 @@ def advice(found: Inspection, config: DataConfig, crops: CropsConfig) -> list[st
 
 
 def _head(found: Inspection) -> list[str]:
-    lines = [f"{found.kind} {found.location}", f"digest {found.digest}"]
+    lines = [f"{found.kind} {found.location}", f"digest {found.digest}", *found.notes]
     seen, there = (sum(vars(split)[key] for split in found.splits.values()) for key in ("looked_at", "images"))
     if found.interrupted:
         lines.append(f"INTERRUPTED after {seen:,} of {there:,} images; what follows is about these")
