@@ -35,7 +35,7 @@ from orchestrator.data.images import decode
 
 _SUFFIXES = (".jpg", ".jpeg")
 _MAX_PIXELS = 100_000_000
-_BATCH = 8
+_BATCH = 16
 _CONFIG = CropsConfig()
 """The paper's: two crops of 224 pixels from 40 to 100 % of the image, eight of 96 from 5 to 40 %."""
 
@@ -208,7 +208,7 @@ def _spread(values: Sequence[float]) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=Path, required=True, help="folder or .tar of JPEG photos")
-    parser.add_argument("--num-images", type=int, default=40, help="how many of them (40)")
+    parser.add_argument("--num-images", type=int, default=64, help="how many of them (64)")
     parser.add_argument("--rounds", type=int, default=7, help="turns of each path (7)")
     parser.add_argument("--json", action="store_true", help="print the medians as JSON on the last line")
     options = parser.parse_args(arguments)

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 
 from dino_core import colour, colour_cpu
 from dino_core.config import CropsConfig
@@ -150,7 +151,7 @@ class MultiCrop:
         groups = {"global_crops": (slice(0, NUM_GLOBAL_CROPS), self.config.global_size)}
         if self.config.num_local_crops:
             groups["local_crops"] = (slice(NUM_GLOBAL_CROPS, None), self.config.local_size)
-        arrays = {}
+        arrays: dict[str, np.ndarray] = {}
         for name, (crops, side) in groups.items():
             boxes, flips = plan.boxes[:, crops], plan.flips[:, crops]
             out = np.empty((*flips.shape, 3, side, side), dtype=np.uint8)
@@ -218,7 +219,6 @@ def _crop(
 
     Cutting comes first: the filter must not see pixels outside the box. On a channels-last view torch's antialiased
     bicubic resize of uint8 is Pillow's, to rounding. Boxes of one size share a call, which matters for tiny images.
-    The memory that boxes are cut to and resized in is used again and again, and so stays in the cache.
     """
     side, num = out.shape[2], boxes.shape[1]
     places: defaultdict[tuple[int, int], list[tuple[int, int, int]]] = defaultdict(list)
@@ -226,31 +226,19 @@ def _crop(
         places[height, width].append((row, top, left))
     sizes = [3 * height * width * len(some) for (height, width), some in places.items()]
     scratch = np.empty(max(sizes, default=0), dtype=np.uint8)
-    resized = np.empty((max(map(len, places.values()), default=0), side, side, 3), dtype=np.uint8)
     for ((height, width), some), size in zip(places.items(), sizes, strict=True):
         cut = scratch[:size].reshape(-1, height, width, 3)
         for pixels, (row, top, left) in zip(cut, some, strict=True):
             pixels[...] = images[row // num][top : top + height, left : left + width]
-        _resize(cut, resized[: len(some)])
-        if len(some) == 1:  # as with photos: OpenCV turns pixels into planes several times faster than numpy
-            row, pixels = some[0][0], resized[0]
+        channels_last = torch.from_numpy(cut).permute(0, 3, 1, 2)
+        resized = F.interpolate(channels_last, size=(side, side), mode="bicubic", antialias=True)
+        for pixels, (row, _, _) in zip(resized.permute(0, 2, 3, 1).numpy(), some, strict=True):
+            # OpenCV turns pixels into planes several times faster than torch or numpy.
             cv2.split(cv2.flip(pixels, 1) if flips[row] else pixels, tuple(out[row]))
-        else:
-            for pixels, (row, _, _) in zip(resized, some, strict=False):
-                out[row] = (pixels[:, ::-1] if flips[row] else pixels).transpose(2, 0, 1)
-
-
-def _resize(images: NDArray[np.uint8], out: NDArray[np.uint8]) -> None:
-    """[m, height, width, 3] -> [m, side, side, 3]: `F.interpolate`, which cannot be told where to write."""
-    source, target = (torch.from_numpy(array).permute(0, 3, 1, 2) for array in (images, out))
-    torch.ops.aten._upsample_bicubic2d_aa.out(source, target.shape[2:], False, None, None, out=target)
 
 
 def _colour(crops: NDArray[np.uint8], params: NDArray[np.float32]) -> None:
-    """The colour tail of crops uint8 [n, 3, side, side] in place, by whichever way is faster at that size.
-
-    Not crop by crop as they are cut: alternating with torch's resize, both were measured to be slower.
-    """
+    """The colour tail of crops uint8 [n, 3, side, side] in place, by whichever way is faster at that size."""
     if crops.shape[-1] < _SMALL_SIDE:
         crops[:] = colour.apply_colour(torch.from_numpy(crops), torch.from_numpy(params)).numpy()
     else:
