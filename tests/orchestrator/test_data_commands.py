@@ -150,21 +150,24 @@ def test_inspect_then_convert_then_inspect(capsys: pytest.CaptureFixture[str], t
 def test_ctrl_c_ends_at_once_with_130(arguments: list[str], tmp_path: Path) -> None:
     make_photos(tmp_path / "photos", 3000, 3000)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1"}
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-m", "orchestrator", "data", *arguments],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
-    )  # fmt: skip
-    try:
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a test run in the background ignores it
+    ) as process:
         deadline = time.monotonic() + 60
         threads = Path(f"/proc/{process.pid}/task")
         while len(list(threads.iterdir())) == 1 and time.monotonic() < deadline:  # none decodes yet
             time.sleep(0.05)
         time.sleep(0.5)
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=30)
-    finally:
-        process.kill()
-        process.wait()
+        try:
+            out, err = process.communicate(timeout=30)
+        finally:
+            process.kill()
     assert process.returncode == 130
     assert err.strip() == "interrupted"
     assert ("INTERRUPTED after" in out) == (arguments[0] == "inspect")
