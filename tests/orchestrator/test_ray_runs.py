@@ -192,9 +192,15 @@ class TestJobs:
         finally:
             process.kill()
             process.wait()
+        (folder,) = (tmp_path / "runs").iterdir()
+        events = [state.event for state in read_states(folder).values()]
+        assert len(events) >= 2
+        assert set(events) == {"interrupted"}
+        # Ray leaves a job three seconds; what a busy machine does not deliver in time, the next driver does.
         found = statuses(f"sqlite:///{tmp_path / 'mlflow.db'}", "quickstart")
         assert len(found) >= 2
-        assert set(found.values()) == {"KILLED"}
+        assert "KILLED" in found.values()
+        assert set(found.values()) <= {"KILLED", "RUNNING"}
         ray.init(address=ray_head.address, log_to_driver=False)
         try:
             deadline = time.monotonic() + 30
