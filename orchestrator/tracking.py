@@ -247,12 +247,10 @@ def deliver(
     for item in changed:
         _deliver_reason(client, item, delivered[item.folder])
     for item in items:
-        if hurry():
-            return
-        state = delivered[item.folder]
-        _deliver_params(client, item, state)
-        _deliver_metrics(client, item.folder, state, hurry)
-        _deliver_artifacts(client, item, state)
+        for deliver_part in (_deliver_params, _deliver_metrics, _deliver_artifacts):
+            if hurry():
+                return
+            deliver_part(client, item, delivered[item.folder], hurry)
 
 
 def _ensure_run(
@@ -301,7 +299,7 @@ def _deliver_reason(client: MlflowClient, item: _Item, state: _Delivered) -> Non
     state.save(item.folder)
 
 
-def _deliver_params(client: MlflowClient, item: _Item, state: _Delivered) -> None:
+def _deliver_params(client: MlflowClient, item: _Item, state: _Delivered, hurry: Callable[[], bool]) -> None:
     from mlflow.entities import Param
 
     if state.params:
@@ -309,11 +307,13 @@ def _deliver_params(client: MlflowClient, item: _Item, state: _Delivered) -> Non
     params = [Param(name, str(value)[:6000]) for name, value in item.params.items()]
     for start in range(0, len(params), 100):
         client.log_batch(state.run_id, params=params[start : start + 100])
+        if hurry():
+            return  # the next call sends all of them again, which changes nothing
     state.params = True
     state.save(item.folder)
 
 
-def _deliver_metrics(client: MlflowClient, folder: Path, state: _Delivered, hurry: Callable[[], bool]) -> None:
+def _deliver_metrics(client: MlflowClient, item: _Item, state: _Delivered, hurry: Callable[[], bool]) -> None:
     from mlflow.entities import Metric
 
     points: list[Metric] = []
@@ -323,9 +323,9 @@ def _deliver_metrics(client: MlflowClient, folder: Path, state: _Delivered, hurr
         # Sent twice after a crash between the two lines below, a point with the same key, step and time is kept once.
         client.log_batch(state.run_id, metrics=points)
         state.offset = end
-        state.save(folder)
+        state.save(item.folder)
 
-    for offset, record in read_lines(folder / METRICS_FILE, state.offset):
+    for offset, record in read_lines(item.folder / METRICS_FILE, state.offset):
         end = offset
         moment = int(record["time"] * 1000)
         points += [Metric(name, value, moment, record["step"]) for name, value in record["metrics"].items()]
@@ -338,8 +338,10 @@ def _deliver_metrics(client: MlflowClient, folder: Path, state: _Delivered, hurr
         send()
 
 
-def _deliver_artifacts(client: MlflowClient, item: _Item, state: _Delivered) -> None:
+def _deliver_artifacts(client: MlflowClient, item: _Item, state: _Delivered, hurry: Callable[[], bool]) -> None:
     for name in item.artifacts:
+        if hurry():
+            return
         path = item.folder / name
         if path.exists() and state.artifacts.get(name) != path.stat().st_mtime:
             client.log_artifact(state.run_id, str(path))
