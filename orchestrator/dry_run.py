@@ -260,11 +260,11 @@ def _at_once(trials: Sequence[RunConfig]) -> str:
         most = config.cluster.max_concurrent_trials
         return f"as many as fit on the cluster {address}" + (f", at most {most}" if most else "")
     here = Capacity.of_this_machine()
-    count = plan_concurrency(config, here, len(trials), num_streams(trials))
+    streams = num_streams(trials) if config.cluster.share_crops else None
+    count = plan_concurrency(config, here, len(trials), streams)
     demand = Demand.of(config)
     gpus = f" and {_number(count * demand.gpus, 'GPU')}" if demand.gpus else ""
-    streams = min(count, num_streams(trials) or count)
-    cpus = count * demand.cpus + streams * demand.data_cpus
+    cpus = count * demand.cpus + min(count, streams or count) * demand.data_cpus
     return f"{_number(count, 'trial')} on this machine, {cpus} of {here.cpus:g} CPUs{gpus}"
 
 

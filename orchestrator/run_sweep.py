@@ -255,7 +255,8 @@ def _tune(plan: _Plan, open_trials: list[str], ledger: Ledger) -> None:
 
     from orchestrator.tune_callback import LedgerCallback
 
-    streams = num_streams([override(RunConfig(), plan.records[trial_id].config) for trial_id in open_trials])
+    configs = (override(RunConfig(), plan.records[trial_id].config) for trial_id in open_trials)
+    streams = num_streams(configs) if config.cluster.share_crops else None
     concurrency = plan_concurrency(config, capacity, len(open_trials), streams)
     for trial_id in open_trials:
         (plan.run_dir(trial_id) / FAILURE_FILE).unlink(missing_ok=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import OrderedDict, deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -48,9 +48,9 @@ def stream_key(config: RunConfig) -> str:
     return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
 
 
-def num_streams(trials: Sequence[RunConfig]) -> int | None:
-    """How many different streams the trials of a sweep have; None where they share nothing."""
-    return len(set(map(stream_key, trials))) if trials[0].cluster.share_crops else None
+def num_streams(trials: Iterable[RunConfig]) -> int:
+    """How many different streams the trials of a sweep have."""
+    return len(set(map(stream_key, trials)))
 
 
 class Traffic(NamedTuple):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pickle
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
@@ -37,14 +36,6 @@ def write(root: Path, name: str, *lines: str | bytes) -> Path:
 
 def names(source: Source) -> list[str]:
     return [source.train.name(index) for index in range(len(source.train))]
-
-
-@pytest.fixture
-def memory() -> Iterator[fsspec.AbstractFileSystem]:
-    filesystem = fsspec.filesystem("memory")
-    filesystem.store.clear()
-    yield filesystem
-    filesystem.store.clear()
 
 
 # Lines

@@ -9,7 +9,6 @@ import pickle
 import subprocess
 import tarfile
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
@@ -29,14 +28,6 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(webdataset, "_cache", webdataset._Cache())
     return tmp_path / "cache" / "dino-orchestrator" / "webdataset"
-
-
-@pytest.fixture
-def memory() -> Iterator[fsspec.AbstractFileSystem]:
-    filesystem = fsspec.filesystem("memory")
-    filesystem.store.clear()
-    yield filesystem
-    filesystem.store.clear()
 
 
 def tar(members: dict[str, bytes | str], tar_format: int = tarfile.USTAR_FORMAT) -> bytes:
