@@ -123,7 +123,7 @@ def run(*arguments: str, code: str | None = None) -> subprocess.CompletedProcess
     start = ["-m", "orchestrator"] if code is None else ["-c", code]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.run(
-        [sys.executable, *start, *arguments], capture_output=True, text=True, timeout=120, env=environment, check=False
+        [sys.executable, *start, *arguments], capture_output=True, text=True, timeout=250, env=environment, check=False
     )
 
 
@@ -397,6 +397,6 @@ def test_completion_by_the_shell_imports_nothing_heavy() -> None:
     check = f"import sys, atexit; atexit.register(lambda: print([n for n in {HEAVY} if n in sys.modules]))\n"
     done = subprocess.run(
         [sys.executable, "-c", check + code],
-        capture_output=True, text=True, timeout=60, check=False, env=environment,
+        capture_output=True, text=True, timeout=250, check=False, env=environment,
     )  # fmt: skip
     assert done.stdout.split() == ["plain,quickstart", "[]"]
