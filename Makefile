@@ -33,14 +33,9 @@ $(STAMP): requirements.txt pyproject.toml .ci/setup
 demo: setup
 	$(BIN)/python -m orchestrator sweep quickstart
 
-# A Ray cluster fills the cores by itself: the tests that start one come last, one after the other.
+# The whole suite starts two processes, which take file after file; a few tests are done before a second one is there.
 test: setup
-ifeq ($(ARGS),)
-	$(BIN)/python -m pytest -m "not ray" -n $(PROCESSES) --dist=loadfile; first=$$?; \
-	$(BIN)/python -m pytest -m ray && exit $$first
-else
-	$(BIN)/python -m pytest $(ARGS)
-endif
+	$(BIN)/python -m pytest $(or $(ARGS),-n $(PROCESSES) --dist=loadfile)
 
 lint: ruff mypy imports
 

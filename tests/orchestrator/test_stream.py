@@ -27,6 +27,7 @@ from torch import Tensor
 from benchmarks.stream_rate import spilled_bytes
 from dino_core.config import CropsConfig
 from dino_core.crops import MultiCrop
+from orchestrator import ray_cluster
 from orchestrator.config import DataConfig, RunConfig
 from orchestrator.data import shelf, stream, tasks
 from orchestrator.data.images import StorageError
@@ -272,8 +273,7 @@ for batch in local_batches(batches):
 def ray() -> Iterator[Any]:
     import ray
 
-    ray.init(
-        address="local",
+    ray_cluster._start_local(
         num_cpus=4,
         object_store_memory=STORE_BYTES,
         include_dashboard=False,
@@ -281,7 +281,7 @@ def ray() -> Iterator[Any]:
         logging_level="ERROR",
     )
     yield ray
-    ray.shutdown()
+    ray_cluster.disconnect()
     gc.collect()  # what Ray leaves open is found here, not in another test
 
 
