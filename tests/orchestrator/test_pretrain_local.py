@@ -49,7 +49,7 @@ from orchestrator.tracking import RUN_ID_TAG, Target, connect, unique_name
 from sweeps.recipes import quickstart
 
 ROOT = Path(__file__).resolve().parents[2]
-PATIENCE_S = 240.0  # for what takes seconds on an idle machine
+PATIENCE_S = 500.0  # for what takes seconds on an idle machine
 STEPS, CHECKPOINT_STEPS = 80, 20
 ENDLESS = 10**6
 

@@ -24,7 +24,7 @@ from orchestrator.pretrain import pretrain
 from orchestrator.records import read_curves, read_states
 from orchestrator.sweep import Sweep
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.ray
 
 TINY: dict[str, Any] = {
     "pretrain.steps": 20,

@@ -40,12 +40,9 @@ from orchestrator.data.tasks import Part, Round
 from orchestrator.overrides import override
 
 # Ray Data leaves the log file of an execution open when two run at once.
-pytestmark = [
-    pytest.mark.timeout(600),
-    pytest.mark.filterwarnings(
-        "ignore:Exception ignored in. <_io.FileIO name=.*ray-data:pytest.PytestUnraisableExceptionWarning"
-    ),
-]
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Exception ignored in. <_io.FileIO name=.*ray-data:pytest.PytestUnraisableExceptionWarning"
+)
 
 STORE_BYTES = 80 << 20  # about the least that Ray takes
 CROPS = MultiCrop(CropsConfig(global_size=16, local_size=8, num_local_crops=2), seed=3)

@@ -19,7 +19,7 @@ from orchestrator.data.plan import IndexPlan
 from orchestrator.data.split import Split
 from orchestrator.data.stream import Batches, ray_batches
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.ray]
+pytestmark = pytest.mark.ray
 
 
 class Recorder:
