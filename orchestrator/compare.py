@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeVar
 
+from orchestrator.trials import KNN_METRIC as KNN_METRIC
 from orchestrator.trials import SEED_KEY, CompareError, Mode, TrialSummary
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Format = Literal["table", "markdown", "csv", "html"]
 
-KNN_METRIC = "eval/knn_top1"
 ROW = "row"
 """Stands in place of all keys that a sweep's rows set."""
 PAPER = "paper"
