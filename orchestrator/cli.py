@@ -243,7 +243,7 @@ def compare(experiment: str, settings: tuple[str, ...], form: Any, output: str |
     EXPERIMENT is a sweep or run in the storage folder, the path of one, or an MLflow experiment.
     """
     from orchestrator.compare import compare as compare_trials
-    from orchestrator.compare import render, rich_tables
+    from orchestrator.tables import render, rich_tables
     from orchestrator.trials import CompareError
 
     try:

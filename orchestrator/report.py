@@ -13,9 +13,9 @@ from html import escape
 from pathlib import Path
 
 from dino_core.diagnosis import ONE_HOT_SHARE, UNIFORM_SHARE
-from orchestrator import compare as comparing
 from orchestrator.charts import NUM_COLOURS, Band, Level, Line, line_chart
-from orchestrator.compare import PAPER, ROW, Comparison, Row, html_table, metric_title, number
+from orchestrator.compare import KNN_METRIC, ROW, Comparison, Row
+from orchestrator.tables import PAPER, configuration_table, html_table, metric_title, number, trial_table
 from orchestrator.trials import TrialSummary
 
 SMOKE_TEST = (
@@ -116,9 +116,9 @@ def _ranking(comparison: Comparison) -> str:
             return "paper"
         return "main" if header == metric_title(comparison.metric) else ""
 
-    parts = [_wide(html_table(comparing.trial_table(comparison), mark))]
+    parts = [_wide(html_table(trial_table(comparison), mark))]
     if comparison.has_seeds:
-        parts.insert(0, _wide(html_table(comparing.configuration_table(comparison))))
+        parts.insert(0, _wide(html_table(configuration_table(comparison))))
     return "<section><h2>Ranking</h2>" + "".join(parts) + "</section>"
 
 
@@ -161,7 +161,7 @@ def _baselines(comparison: Comparison, baselines: Mapping[str, float]) -> str:
     if best.value is not None:
         bars.append((f"best trial: {best.trial.name}", best.value, "s0"))
     bars.sort(key=lambda bar: bar[1], reverse=comparison.mode == "max")
-    top = max(100.0 if comparison.metric == comparing.KNN_METRIC else 0.0, *(value for _, value, _ in bars))
+    top = max(100.0 if comparison.metric == KNN_METRIC else 0.0, *(value for _, value, _ in bars))
     rows = "".join(
         f'<tr><td>{escape(name)}</td><td class="number">{value:.2f}</td>'
         f'<td class="bar"><i class="{kind}" style="width:{max(0.0, 100 * value / (top or 1)):.1f}%"></i></td></tr>'

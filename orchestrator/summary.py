@@ -7,10 +7,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from orchestrator.compare import KNN_METRIC, Comparison, compare, render, rich_tables
+from orchestrator.compare import KNN_METRIC, Comparison, compare
 from orchestrator.data.sources import DIGITS
 from orchestrator.records import BAD_SAMPLES_FILE, REPORT_FILE, SWEEP_FILE, read_json, read_lines
 from orchestrator.report import SMOKE_TEST, write_report
+from orchestrator.tables import render, rich_tables
 from orchestrator.tracking import Target
 from orchestrator.trials import Mode, TrialSummary, load_from_disk
 
