@@ -229,25 +229,40 @@ def sweep(
 
 
 @cli.command()
-@click.argument("experiment")
-@_settings
+@click.argument("names", nargs=-1, required=True, metavar="EXPERIMENT... [KEY=VALUE]...")
 @click.option(
     "--format", "form", type=click.Choice(["table", "markdown", "csv", "html"]), default="table", show_default=True
 )
 @click.option("--output", metavar="FILE", type=click.Path(dir_okay=False), help="Write to a file.")
-@click.option("--metric", default="eval/knn_top1", show_default=True, help="What to rank by.")
-@click.option("--mode", type=click.Choice(["max", "min"]), default="max", show_default=True, help="Which is better.")
-def compare(experiment: str, settings: tuple[str, ...], form: Any, output: str | None, metric: str, mode: Any) -> None:
-    """Rank the trials of EXPERIMENT.
+@click.option("--metric", help="What to rank by; by default what the sweep says, else eval/knn_top1.")
+@click.option("--mode", type=click.Choice(["max", "min"]), help="Which is better; by default as usual for the metric.")
+def compare(names: tuple[str, ...], form: Any, output: str | None, metric: str | None, mode: Any) -> None:
+    """Rank the trials of one or several EXPERIMENTs.
 
-    EXPERIMENT is a sweep or run in the storage folder, the path of one, or an MLflow experiment.
+    EXPERIMENT is a sweep or run in the storage folder, the path of one, an MLflow experiment, the id of an MLflow run,
+    or the name of a run or sweep in MLflow. They can be mixed. Settings: cluster.storage, tracking.uri.
+
+    \b
+    dino compare quickstart
+    dino compare temperature-20260102-030405-a1b2 momentum --metric eval/rankme
+    dino compare quickstart --format html --output quickstart.html tracking.uri=http://mlflow.example:5000
     """
     from orchestrator.compare import compare as compare_trials
-    from orchestrator.compare import render, rich_tables
-    from orchestrator.trials import CompareError
+    from orchestrator.tables import render, rich_tables
+    from orchestrator.trials import CompareError, check_metric, default_ranking, usual_mode
 
+    experiments = [name for name in names if "=" not in name or Path(name).exists()]
+    settings = [name for name in names if name not in experiments]
+    if not experiments:
+        raise click.UsageError("Missing argument 'EXPERIMENT'.")
     try:
-        comparison = compare_trials(_trials_of(experiment, settings), metric, mode)
+        trials = _trials_of(experiments, settings)
+        usual = default_ranking(trials)
+        if metric is not None:
+            check_metric(metric, trials)
+        else:
+            metric, mode = usual.metric, mode or usual.mode
+        comparison = compare_trials(trials, metric, mode or usual_mode(metric))
     except CompareError as error:
         raise ConfigError(str(error)) from error
     if form == "table" and output is None and sys.stdout.isatty():
@@ -257,8 +272,9 @@ def compare(experiment: str, settings: tuple[str, ...], form: Any, output: str |
         return
     if form == "html":
         from orchestrator.report import render_report
+        from orchestrator.summary import baselines
 
-        text = render_report(comparison, title=experiment)
+        text = render_report(comparison, title=", ".join(experiments), baselines=baselines(trials, comparison))
     else:
         text = render(comparison, form)
     if output is None:
@@ -403,17 +419,14 @@ def _refuse_with_resume(options: dict[str, Any]) -> None:
         raise click.UsageError(f"--resume goes on with what was begun, and cannot be combined with {wrong[0]}.")
 
 
-def _trials_of(experiment: str, settings: Sequence[str]) -> list[TrialSummary]:
-    """The trials of a folder, of a name in the storage folder, or of an MLflow experiment, looked for in this order."""
+def _trials_of(experiments: Sequence[str], settings: Sequence[str]) -> list[TrialSummary]:
+    """The trials of folders, of names in the storage folder, and of what MLflow has."""
     from orchestrator.config import RunConfig
     from orchestrator.overrides import override, parse_assignments
-    from orchestrator.trials import load_from_disk, load_from_mlflow
+    from orchestrator.trials import load_trials
 
     config = override(RunConfig(), parse_assignments(settings))
-    for folder in (Path(experiment), Path(config.cluster.storage) / experiment):
-        if folder.is_dir():
-            return load_from_disk(folder)
-    return load_from_mlflow(experiment, config.tracking.uri)
+    return load_trials(experiments, storage=config.cluster.storage, uri=config.tracking.uri)
 
 
 def _report_failures(failed: Mapping[str, str]) -> None:

@@ -7,12 +7,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from orchestrator.compare import KNN_METRIC, Comparison, compare, render, rich_tables
+from orchestrator.compare import Comparison, compare
 from orchestrator.data.sources import DIGITS
-from orchestrator.records import BAD_SAMPLES_FILE, REPORT_FILE, SWEEP_FILE, read_json, read_lines
+from orchestrator.records import BAD_SAMPLES_FILE, REPORT_FILE, read_lines
 from orchestrator.report import SMOKE_TEST, write_report
+from orchestrator.tables import render, rich_tables
 from orchestrator.tracking import Target
-from orchestrator.trials import Mode, TrialSummary, load_from_disk
+from orchestrator.trials import TrialSummary, default_ranking, load_from_disk
 
 RAW_PIXELS = "eval/raw_pixel_knn_top1"
 
@@ -42,12 +43,8 @@ class Summary:
     def of(cls, folder: Path, target: Target) -> Summary:
         """Read a sweep's or a run's folder."""
         trials = load_from_disk(folder)
-        metric: str = KNN_METRIC
-        mode: Mode = "max"
-        if (folder / SWEEP_FILE).exists():
-            definition = read_json(folder / SWEEP_FILE)
-            metric, mode = definition["metric"], definition["mode"]
-        comparison = compare(trials, metric, mode)
+        ranking = default_ranking(trials)
+        comparison = compare(trials, ranking.metric, ranking.mode)
         notes = [SMOKE_TEST] if any(trial.params.get("data.source") == DIGITS for trial in trials) else []
         for path in sorted(folder.rglob(BAD_SAMPLES_FILE)):
             count = sum(1 for _ in read_lines(path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
@@ -210,6 +211,15 @@ def default_ranking(trials: Sequence[TrialSummary]) -> Ranking:
     has_knn = any(KNN_METRIC in trial.curves for trial in trials)
     has_rank = any(RANKME_METRIC in trial.curves for trial in trials)
     return Ranking(RANKME_METRIC if has_rank and not has_knn else KNN_METRIC, "max")
+
+
+def check_metric(metric: str, trials: Sequence[TrialSummary]) -> None:
+    """Raise CompareError, naming the nearest, if no trial logged the metric."""
+    logged = sorted({name for trial in trials for name in trial.curves})
+    if metric not in logged:
+        near = difflib.get_close_matches(metric, logged, n=3) or logged[:10]
+        there = f"; there is {', '.join(near)}" if near else "; nothing was logged"
+        raise CompareError(f"--metric {metric}: no trial logged it{there}")
 
 
 def usual_mode(metric: str) -> Mode:

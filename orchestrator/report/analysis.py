@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from orchestrator.compare import Comparison, Row, metric_title
+from orchestrator.compare import Comparison, Row
 from orchestrator.report.charts import (
     Chart,
     colour_of,
@@ -17,6 +17,7 @@ from orchestrator.report.charts import (
 )
 from orchestrator.report.curves import HOURS
 from orchestrator.report.style import CARD, HIGH, INK, LINES, LOW, MIDDLE, SOFT
+from orchestrator.tables import metric_title
 from orchestrator.trials import KNN_METRIC, Curve
 
 MAX_KEYS = 10

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dino_core.diagnosis import ONE_HOT_SHARE, UNIFORM_SHARE
-from orchestrator.compare import Comparison, Row, metric_title
+from orchestrator.compare import Comparison, Row
 from orchestrator.report.charts import (
     AXES,
     Chart,
@@ -22,6 +22,7 @@ from orchestrator.report.charts import (
     thin,
 )
 from orchestrator.report.style import BAD, LINES, SOFT
+from orchestrator.tables import metric_title
 from orchestrator.trials import ENTROPY, Curve, TrialSummary
 
 HOURS = "cost/device_hours"

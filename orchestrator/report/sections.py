@@ -6,10 +6,18 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 
-from orchestrator import compare as comparing
-from orchestrator.compare import PAPER, Comparison, Row, Table, html_table, metric_title, number
+from orchestrator.compare import Comparison, Row
 from orchestrator.report.charts import label_of
 from orchestrator.report.style import LINES
+from orchestrator.tables import (
+    PAPER,
+    Table,
+    configuration_table,
+    html_table,
+    metric_title,
+    number,
+    trial_table,
+)
 from orchestrator.trials import KNN_METRIC, TrialSummary
 
 _MANY = 24
@@ -47,12 +55,12 @@ def ranking(comparison: Comparison) -> str:
     """The configurations, where seeds repeat them, and the trials; each trial opens to what its numbers come from."""
     parts = [_ranking_table(comparison)]
     if comparison.has_seeds:
-        parts.insert(0, wide(html_table(comparing.configuration_table(comparison)), len(comparison.groups)))
+        parts.insert(0, wide(html_table(configuration_table(comparison)), len(comparison.groups)))
     return section("ranking", "Ranking", *parts)
 
 
 def _ranking_table(comparison: Comparison) -> str:
-    table = comparing.trial_table(comparison)
+    table = trial_table(comparison)
     heads = "".join(
         f"<th{' class=number' if numeric else ''}>{_breakable(header.removeprefix('pretrain.'))}</th>"
         for header, numeric in zip(table.headers, table.numeric, strict=True)
