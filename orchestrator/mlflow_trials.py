@@ -64,7 +64,8 @@ def read_trials(name: str, uri: str | None = None) -> list[TrialSummary]:
     try:
         trials = _read(tracking.connect(target), name, target)
     except MlflowException as error:
-        raise CompareError(f"cannot read {name!r} from {_without_login(target.uri)}: {error.message}") from error
+        said = str(error.message).replace(target.uri, _without_login(target.uri))
+        raise CompareError(f"cannot read {name!r} from {_without_login(target.uri)}: {said}") from error
     if not trials:
         raise CompareError(f"{name!r} has no runs yet")
     return trials
@@ -172,7 +173,7 @@ def _summary(
         sweep=tags.get("sweep", ""),
         git_commit=tags.get("git_commit") or tags.get("mlflow.source.git.commit"),
         data_digest=tags.get("data_digest"),
-        uri=_page_of(run, target),
+        uri=page_of(run, target.uri),
         record_name=tags.get(tracking.RUN_ID_TAG, ""),
         ranking=_ranking_of(parent),
         load_pictures=partial(_load_pictures, client, run.info.run_id),
@@ -188,8 +189,9 @@ def _ranking_of(parent: Run | None) -> Ranking | None:
     return Ranking(metric, "max" if mode == "max" else "min" if mode == "min" else usual_mode(metric))
 
 
-def _page_of(run: Run, target: tracking.Target) -> str:
-    uri = _without_login(target.uri)
+def page_of(run: Run, uri: str) -> str:
+    """Where a browser shows the run, on a server with pages; else the address of the store, without its login."""
+    uri = _without_login(uri)
     if not uri.startswith(("http://", "https://")):
         return uri
     return f"{uri.rstrip('/')}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
@@ -199,7 +201,7 @@ def _without_login(uri: str) -> str:
     """The address without a user and password, which reports must not show."""
     scheme, mark, rest = uri.partition("://")
     authority, slash, path = rest.partition("/")
-    return f"{scheme}{mark}{authority.rpartition('@')[2]}{slash}{path}"
+    return f"{scheme}{mark}{authority.rpartition('@')[2]}{slash}{path}" if mark else uri
 
 
 def _load_pictures(client: MlflowClient, run_id: str) -> Pictures | None:
