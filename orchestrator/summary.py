@@ -45,10 +45,11 @@ class Summary:
         trials = load_from_disk(folder)
         metric: str = KNN_METRIC
         mode: Mode = "max"
+        base: dict[str, object] = {}
         if (folder / SWEEP_FILE).exists():
             definition = read_json(folder / SWEEP_FILE)
-            metric, mode = definition["metric"], definition["mode"]
-        comparison = compare(trials, metric, mode)
+            metric, mode, base = definition["metric"], definition["mode"], definition.get("base", {})
+        comparison = compare(trials, metric, mode, base=base)
         notes = [SMOKE_TEST] if any(trial.params.get("data.source") == DIGITS for trial in trials) else []
         for path in sorted(folder.rglob(BAD_SAMPLES_FILE)):
             count = sum(1 for _ in read_lines(path))

@@ -53,6 +53,12 @@ class TrialSummary:
     """(step, value) pairs of each metric, by step."""
     reason: str = ""
     """Why it failed or was interrupted, where that is known."""
+    experiment: str = ""
+    """The MLflow experiment that it belongs to."""
+    git_commit: str | None = None
+    """The commit that it ran, with `-dirty` behind it if files differed."""
+    data_digest: str | None = None
+    """Digest of the images that it was trained on."""
 
     @property
     def row(self) -> str | None:
