@@ -1,23 +1,33 @@
 """Comparison of trials: which differences are worth looking at.
 
-`compare` ranks trials (`orchestrator.trials`); `orchestrator.tables` writes the result.
+`compare` ranks trials (`orchestrator.trials`) and compares configurations with a reference over shared seeds
+(`orchestrator.statistics`); `orchestrator.tables` writes the result, `Comparison.frame` hands it to a notebook.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, TypeVar
 
-from orchestrator.trials import KNN_METRIC as KNN_METRIC
+from orchestrator.overrides import did_you_mean
+from orchestrator.statistics import Difference, paired_differences
 from orchestrator.trials import SEED_KEY, CompareError, Mode, TrialSummary
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 T = TypeVar("T")
 
+KNN_METRIC = "eval/knn_top1"
 ROW = "row"
 """Stands in place of all keys that a sweep's rows set."""
+BASE = "base"
+"""Name of the row, or of the trials, that a sweep varies around."""
+BEST = "best"
+"""As a reference, the configuration that is ranked first."""
 _UNSEEN_PREFIXES = ("tracking.", "derived/", "paper/")
 _UNSEEN_KEYS = frozenset(
     f"cluster.{name}"
@@ -59,6 +69,17 @@ class Group:
     rows: tuple[Row, ...]
     values: dict[int | None, float]
     """The metric by seed; runs that repeat a seed count once, with their mean."""
+    difference: Difference | None = None
+    """From the comparison's reference; None for the reference itself, and where there is none."""
+
+    @property
+    def name(self) -> str:
+        """That of its trials without their seeds; of trials called otherwise, what sets the configuration apart."""
+        names = {row.trial.name.removesuffix(f"-s{row.trial.seed}") for row in self.rows}
+        if len(names) == 1:
+            return names.pop()
+        changes = (value if key == ROW else f"{key.rpartition('.')[2]} {value}" for key, value in self.params.items())
+        return ", ".join(changes) or "all"
 
     @property
     def mean(self) -> float | None:
@@ -85,6 +106,12 @@ class Comparison:
     is never one of them."""
     rows: tuple[Row, ...]
     groups: tuple[Group, ...]
+    reference: Group | None = None
+    """What `Group.difference` is the difference from; None where there is one configuration."""
+    reference_why: str = ""
+    """How the reference was chosen."""
+    why: str = ""
+    """Why this metric ranks."""
 
     @property
     def has_seeds(self) -> bool:
@@ -111,11 +138,79 @@ class Comparison:
         settings = dict.fromkeys(row.trial.paper_setting for row in self.rows if row.trial.paper)
         return f"The paper's numbers are at its own scale: {'; '.join(filter(None, settings)) or 'not told'}."
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader must know of the numbers, each in a line."""
+        why = f"Ranked by {self.metric}: {self.why}." if self.why else ""
+        return tuple(filter(None, (why, self.reference_note, self.paper_note)))
 
-def compare(trials: Sequence[TrialSummary], metric: str = KNN_METRIC, mode: Mode = "max") -> Comparison:
+    @property
+    def reference_note(self) -> str:
+        """What the differences are, in a line; empty where no configuration was repeated."""
+        if self.reference is None or not self.has_seeds:
+            return ""
+        many = sum(group.difference is not None and group.difference.low is not None for group in self.groups)
+        seeds = {len(group.values) for group in self.groups}
+        together = "all pairs" if self.reference_why == _WINNER else f"all {many} comparisons"
+        span = f"{min(seeds)} to {max(seeds)}" if len(seeds) > 1 else str(max(seeds))
+        return (
+            f"Differences are from {self.reference.name} ({self.reference_why}), over the seeds that both have "
+            f"({span} each); the 95 % intervals hold for {together} together."
+        )
+
+    def frame(self) -> DataFrame:
+        """One row per trial, best first: rank, names, varied keys, seed, values, health, and where they come from."""
+        from pandas import DataFrame
+
+        named = {id(row): group.name for group in self.groups for row in group.rows}
+        rows = []
+        for row in self.rows:
+            trial = row.trial
+            found: dict[str, object] = {"rank": row.rank, "trial": trial.name, "configuration": named[id(row)]}
+            found |= row.params | {SEED_KEY: trial.seed, self.metric: row.value, "step": row.step}
+            found |= {"random_weights": row.random_weights, "gain": row.gain}
+            found |= {f"paper/{metric}": row.paper(metric) for metric in self.paper_metrics}
+            found |= {"health": trial.health, "status": trial.status, "run_id": trial.run_id}
+            found |= {"experiment": trial.experiment, "git_commit": trial.git_commit, "data_digest": trial.data_digest}
+            rows.append(found)
+        return _typed(DataFrame(rows), self.keys)
+
+    def configurations_frame(self) -> DataFrame:
+        """One row per configuration, best first: mean and deviation over seeds, difference from the reference."""
+        from pandas import DataFrame
+
+        rows = []
+        for group in self.groups:
+            found: dict[str, object] = {"rank": group.rank, "configuration": group.name, **group.params}
+            found |= {"mean": group.mean, "sd": group.sd, "num_seeds": len(group.values), "num_runs": len(group.rows)}
+            found |= {f"paper/{metric}": group.paper(metric) for metric in self.paper_metrics}
+            apart = group.difference
+            found |= {"reference": self.reference.name if self.reference else None}
+            for name in ("mean", "low", "high", "p_value", "verdict", "seeds_needed", "reason"):
+                column = f"difference_{name}" if name in ("mean", "low", "high") else name
+                found[column] = getattr(apart, name) if apart is not None else None
+            rows.append(found)
+        return _typed(DataFrame(rows), self.keys)
+
+
+def compare(
+    trials: Sequence[TrialSummary],
+    metric: str = KNN_METRIC,
+    mode: Mode = "max",
+    *,
+    reference: str | None = None,
+    base: Mapping[str, object] | None = None,
+    why: str = "",
+) -> Comparison:
     """Rank trials by the last value of `metric`; those without a finite value come last, in their given order.
 
-    Raises CompareError if there is no trial.
+    Args:
+        reference: what the configurations are compared with: the name of a row, a configuration or a trial, or `best`.
+            None is the row or the trials called `base`, else the configuration that equals `base`, else the best.
+        base: the configuration that the trials' sweep varies, by dotted key.
+        why: why this metric, for the reader.
+
+    Raises CompareError if there is no trial, or no such reference (naming the nearest).
     """
     if not trials:
         raise CompareError("no trials to compare")
@@ -128,8 +223,71 @@ def compare(trials: Sequence[TrialSummary], metric: str = KNN_METRIC, mode: Mode
         by_params.setdefault(tuple(row.params.values()), []).append(row)
     groups = [Group(None, members[0].params, tuple(members), _by_seed(members)) for members in by_params.values()]
     ordered = _ranked(groups, lambda group: group.mean, mode)
-    groups = [Group(rank, group.params, group.rows, group.values) for rank, group in ordered]
-    return Comparison(metric, mode, keys, tuple(rows), tuple(groups))
+    groups = [replace(group, rank=rank) for rank, group in ordered]
+    if len(groups) < 2 and reference is None:
+        return Comparison(metric, mode, keys, tuple(rows), tuple(groups), why=why)
+    place, how = find_reference(groups, reference, base or {})
+    values = {
+        i: {seed: value for seed, value in group.values.items() if seed is not None} for i, group in enumerate(groups)
+    }
+    differences = paired_differences(values, place, mode, chosen=how == _WINNER)
+    groups = [replace(group, difference=differences.get(i)) for i, group in enumerate(groups)]
+    return Comparison(metric, mode, keys, tuple(rows), tuple(groups), groups[place], how, why)
+
+
+_WINNER = "the winner, chosen after the fact"
+
+
+def find_reference(groups: Sequence[Group], name: str | None, base: Mapping[str, object]) -> tuple[int, str]:
+    """The place of the configuration to compare with, and how it was chosen; see `compare`. Groups come best first."""
+    if name is not None:
+        for known in (_row_of, lambda group: {group.name}, lambda group: {row.trial.name for row in group.rows}):
+            found = [i for i, group in enumerate(groups) if name in known(group)]
+            if len(found) == 1:
+                return found[0], "as asked"
+            if found:
+                several = ", ".join(groups[i].name for i in found)
+                raise CompareError(f"--reference {name}: stands for several configurations: {several}")
+        if name == BEST:
+            return 0, _WINNER
+        names = [*dict.fromkeys(group.name for group in groups), BEST]
+        raise CompareError(
+            f"--reference {name}: no such configuration{did_you_mean(name, names)}; there is {', '.join(names)}"
+        )
+    named = [i for i, group in enumerate(groups) if group.name == BASE or _row_of(group) == {BASE}]
+    if len(named) == 1:
+        return named[0], "the sweep's base"
+    texts = {key: str(value) for key, value in base.items()}
+    equal = [i for i, group in enumerate(groups) if _equals(group, texts)]
+    if len(equal) == 1:
+        return equal[0], "it has the values of the sweep's base"
+    return 0, _WINNER
+
+
+def _row_of(group: Group) -> set[str]:
+    return {group.params[ROW]} if ROW in group.params else set()
+
+
+def _equals(group: Group, base: Mapping[str, str]) -> bool:
+    """Whether the configuration has the base's values, of all keys if its sweep has rows and hides some."""
+    first = group.rows[0].trial.params
+    keys = [key for key in base if key in first and _matters(key)] if ROW in group.params else list(group.params)
+    return bool(keys) and all(base.get(key) == first.get(key) for key in keys)
+
+
+def _matters(key: str) -> bool:
+    return key not in _UNSEEN_KEYS and key != SEED_KEY and not key.startswith(_UNSEEN_PREFIXES)
+
+
+def _typed(frame: DataFrame, keys: Sequence[str]) -> DataFrame:
+    """The frame with numbers in place of their texts in those columns where all are numbers."""
+    from pandas import to_numeric
+
+    for key in keys:
+        numbers = to_numeric(frame[key], errors="coerce")
+        if numbers.notna().all():
+            frame[key] = numbers
+    return frame
 
 
 def differing_keys(trials: Sequence[TrialSummary]) -> tuple[str, ...]:
@@ -138,8 +296,7 @@ def differing_keys(trials: Sequence[TrialSummary]) -> tuple[str, ...]:
     Where all trials belong to rows of a sweep, `row` comes first and the keys that are the same within each row are
     left out.
     """
-    keys = {key for trial in trials for key in trial.params} - _UNSEEN_KEYS - {SEED_KEY}
-    keys = {key for key in keys if not key.startswith(_UNSEEN_PREFIXES)}
+    keys = {key for trial in trials for key in trial.params if _matters(key)}
     differing = sorted(key for key in keys if len({trial.params.get(key) for trial in trials}) > 1)
     if not all(trial.row for trial in trials):
         return tuple(differing)

@@ -10,21 +10,21 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from orchestrator import tracking
 from orchestrator.config import TrackingConfig
+from orchestrator.metric_choice import best_mode
+from orchestrator.records import SWEEP_FILE, read_json
 from orchestrator.trials import (
     PICTURES_DIR,
     SEED_KEY,
     CompareError,
     Curve,
     Pictures,
-    Ranking,
     TrialSummary,
     picture_step,
     png_files,
-    usual_mode,
 )
 
 if TYPE_CHECKING:
@@ -80,13 +80,14 @@ def _read(client: MlflowClient, name: str, target: tracking.Target) -> list[Tria
     calls = [(run.info.run_id, key) for run in trials for key in run.data.metrics if not key.startswith(_SYSTEM)]
     with ThreadPoolExecutor(_CALLS_AT_ONCE) as pool:
         histories = dict(zip(calls, pool.map(lambda call: _read_curve(client, *call), calls), strict=True))
+    definitions = {run_id: _definition_of(client, parent) for run_id, parent in parents.items()}
     summaries = []
     for run in trials:
         curves = {
             key: histories[run.info.run_id, key] for key in run.data.metrics if (run.info.run_id, key) in histories
         }
-        parent = parents.get(run.data.tags.get(_PARENT_TAG, ""))
-        summaries.append(_summary(run, parent, curves, experiments.get(run.info.experiment_id, ""), client, target))
+        definition = definitions.get(run.data.tags.get(_PARENT_TAG, ""))
+        summaries.append(_summary(run, definition, curves, experiments.get(run.info.experiment_id, ""), client, target))
     return summaries
 
 
@@ -150,7 +151,7 @@ def _read_curve(client: MlflowClient, run_id: str, metric: str) -> Curve:
 
 def _summary(
     run: Run,
-    parent: Run | None,
+    definition: dict[str, Any] | None,
     curves: dict[str, Curve],
     experiment: str,
     client: MlflowClient,
@@ -175,18 +176,21 @@ def _summary(
         data_digest=tags.get("data_digest"),
         uri=page_of(run, target.uri),
         record_name=tags.get(tracking.RUN_ID_TAG, ""),
-        ranking=_ranking_of(parent),
+        definition=definition,
         load_pictures=partial(_load_pictures, client, run.info.run_id),
     )
 
 
-def _ranking_of(parent: Run | None) -> Ranking | None:
-    params = parent.data.params if parent is not None else {}
-    metric = params.get("metric")
-    mode = params.get("mode", "")
-    if not metric:
-        return None
-    return Ranking(metric, "max" if mode == "max" else "min" if mode == "min" else usual_mode(metric))
+def _definition_of(client: MlflowClient, parent: Run) -> dict[str, Any] | None:
+    """The definition of a sweep, as its parent run holds it; of one that could not keep files, its metric."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            return read_json(Path(client.download_artifacts(parent.info.run_id, SWEEP_FILE, folder)))
+    except (MlflowException, OSError):  # not delivered yet, or in a folder of another machine
+        metric = parent.data.params.get("metric")
+        return {"metric": metric, "mode": parent.data.params.get("mode") or best_mode(metric)} if metric else None
 
 
 def page_of(run: Run, uri: str) -> str:

@@ -43,8 +43,13 @@ class Summary:
     def of(cls, folder: Path, target: Target) -> Summary:
         """Read a sweep's or a run's folder."""
         trials = load_from_disk(folder)
-        ranking = default_ranking(trials)
-        comparison = compare(trials, ranking.metric, ranking.mode)
+        metric: str = KNN_METRIC
+        mode: Mode = "max"
+        base: dict[str, object] = {}
+        if (folder / SWEEP_FILE).exists():
+            definition = read_json(folder / SWEEP_FILE)
+            metric, mode, base = definition["metric"], definition["mode"], definition.get("base", {})
+        comparison = compare(trials, metric, mode, base=base)
         notes = [SMOKE_TEST] if any(trial.params.get("data.source") == DIGITS for trial in trials) else []
         for path in sorted(folder.rglob(BAD_SAMPLES_FILE)):
             count = sum(1 for _ in read_lines(path))

@@ -12,13 +12,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from orchestrator.compare import KNN_METRIC, ROW, Comparison, Group, Row
+from orchestrator.regret import LABEL_FREE, Regret, regrets
+from orchestrator.statistics import Difference
 from orchestrator.trials import SEED_KEY
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
 T = TypeVar("T")
-Format = Literal["table", "markdown", "csv", "html"]
+Format = Literal["table", "markdown", "latex", "csv", "html"]
 
 PAPER = "paper"
 """Title of the column of the paper's numbers."""
@@ -42,9 +44,12 @@ class Table:
 
 
 def tables(comparison: Comparison) -> list[Table]:
-    """The ranked trials and, when configurations were repeated with other seeds, before them the configurations."""
-    trials = trial_table(comparison)
-    return [configuration_table(comparison), trials] if comparison.has_seeds else [trials]
+    """The ranked trials; before them, when they were repeated with other seeds, the configurations; behind them, where
+    both exist, what choosing by a score without labels would have lost."""
+    found = [configuration_table(comparison)] if comparison.has_seeds else []
+    found.append(trial_table(comparison))
+    regret = regret_table(comparison)
+    return [*found, regret] if regret.rows else found
 
 
 def trial_table(comparison: Comparison) -> Table:
@@ -76,10 +81,55 @@ def configuration_table(comparison: Comparison) -> Table:
         (f"{title}, mean", True, lambda group: number(group.mean, 2)),
         ("sd", True, lambda group: number(group.sd, 2)),
         *_paper_columns(comparison),
+        *_difference_columns(comparison),
         ("seeds", True, lambda group: str(len(group.values))),
         ("runs", True, lambda group: str(len(group.rows))),
     ]
     return _table("Configurations", columns, comparison.groups)
+
+
+def _difference_columns(comparison: Comparison) -> Iterator[tuple[str, bool, Callable[[Group], str]]]:
+    """How far each configuration is from the reference, and whether that is more than noise."""
+    if comparison.reference is None:
+        return
+    yield f"vs {comparison.reference.name}", True, lambda group: _cell(group, lambda d: number(d.mean, 2, sign=True))
+    yield "95 % CI", True, lambda group: _cell(group, interval)
+    yield "verdict", False, lambda group: "reference" if group is comparison.reference else _cell(group, verdict)
+
+
+def _cell(group: Group, text: Callable[[Difference], str]) -> str:
+    return "-" if group.difference is None else text(group.difference)
+
+
+def interval(difference: Difference) -> str:
+    """`-0.42 to +1.10`; "-" where there is none."""
+    if difference.low is None or difference.high is None:
+        return "-"
+    return f"{difference.low:+.2f} to {difference.high:+.2f}"
+
+
+def verdict(difference: Difference) -> str:
+    """better, worse, or not resolved with the seeds that would, or with what stands in the way."""
+    if difference.verdict != "not resolved":
+        return difference.verdict
+    if difference.seeds_needed is None:
+        return f"not resolved: {difference.reason or 'no difference'}"
+    seeds = "over 1000" if difference.seeds_needed > 1000 else str(difference.seeds_needed)
+    return f"not resolved: {seeds} seeds would"
+
+
+def regret_table(comparison: Comparison) -> Table:
+    """k-NN lost by choosing the trial that a label-free score ranks first; no rows where nothing logged both."""
+    columns: list[tuple[str, bool, Callable[[Regret], str]]] = [
+        ("score", False, lambda found: LABEL_FREE[found.score]),
+        ("chooses", False, lambda found: found.chosen.trial.name),
+        (metric_title(KNN_METRIC), True, lambda found: number(found.chosen_knn, 2)),
+        ("best", True, lambda found: number(found.best_knn, 2)),
+        ("regret", True, lambda found: number(found.regret, 2)),
+        ("Spearman", True, lambda found: number(found.correlation, 2, sign=True)),
+        ("trials", True, lambda found: str(found.num_trials)),
+    ]
+    return _table("Choosing without labels", columns, regrets(comparison))
 
 
 def _paper_columns(comparison: Comparison) -> Iterator[tuple[str, bool, Callable[[Row | Group], str]]]:
@@ -107,13 +157,16 @@ def number(value: float | None, digits: int, *, sign: bool = False) -> str:
 
 
 def render(comparison: Comparison, form: Format) -> str:
-    """The comparison as plain text, Markdown, CSV (trials only, full precision) or an HTML fragment."""
+    """The comparison as plain text, Markdown, an HTML fragment, CSV (trials only, full precision, with what each came
+    from) or LaTeX (configurations only, as papers print them)."""
     if form == "csv":
         return _csv(comparison)
+    if form == "latex":
+        return latex_table(comparison)
     draw = {"table": _plain, "markdown": _markdown, "html": html_table}[form]
     text = "\n".join(draw(table) for table in tables(comparison))
-    note = comparison.paper_note
-    return text + (f"<p>{html.escape(note)}</p>\n" if form == "html" else f"\n{note}\n") if note else text
+    notes = (f"<p>{html.escape(note)}</p>\n" if form == "html" else f"\n{note}\n" for note in comparison.notes)
+    return text + "".join(notes)
 
 
 def _plain(table: Table) -> str:
@@ -152,24 +205,102 @@ def html_table(table: Table, mark: Callable[[int, str, str], str] = lambda index
     return f"<table>\n{caption}\n<thead>{head}</thead>\n<tbody>\n{body}\n</tbody>\n</table>\n"
 
 
+_PROVENANCE = ("experiment", "git_commit", "data_digest")
+
+
 def _csv(comparison: Comparison) -> str:
     papers = comparison.paper_metrics
     own = (comparison.metric, f"{comparison.metric} of random weights", *(f"paper/{metric}" for metric in papers))
     own = (*own, "train/loss", "teacher_entropy_share")
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(
-        ("rank", "run_id", "trial", *comparison.keys, SEED_KEY, *own, "health", "status", "step", "images_per_s")
-    )
+    told = ("health", "status", "step", "images_per_s")
+    writer.writerow(("rank", "run_id", "trial", *comparison.keys, SEED_KEY, *own, *told, *_PROVENANCE))
     for row in comparison.rows:
         trial = row.trial
         values = (row.value, row.random_weights, *map(row.paper, papers), trial.last("train/loss"), trial.entropy_share)
-        end = (trial.health, trial.status, trial.last_step, trial.images_per_s)
+        end: tuple[object, ...] = (trial.health, trial.status, trial.last_step, trial.images_per_s)
+        end += (trial.experiment, trial.git_commit, trial.data_digest)
         writer.writerow((row.rank, trial.run_id, trial.name, *row.params.values(), trial.seed, *values, *end))
     return text.getvalue()
 
 
-_FIRST_TO_GO = ("step", "images/s", "status", "loss")
+def latex_table(comparison: Comparison) -> str:
+    """A table for a paper, of one row per configuration; needs the package booktabs.
+
+    The best is bold only where it is resolved from what it is compared with; a dagger marks what is not.
+    """
+    repeated, reference = comparison.has_seeds, comparison.reference
+    title = metric_title(comparison.metric)
+    papers = [title for title, _, _ in _paper_columns(comparison)]
+    heads = [*(key.removeprefix("pretrain.") for key in comparison.keys), title, *papers]
+    if repeated and reference is not None:
+        heads += [f"vs {reference.name}", "95 % CI"]
+    lines = [_latex_line(heads), r"\midrule"]
+    for group in comparison.groups:
+        texts = [latex_escape(group.params[key] or "-") for key in comparison.keys]
+        texts.append(_latex_value(group, bold=repeated and _is_resolved_best(comparison, group)))
+        texts += [latex_escape(text(group)) for _, _, text in _paper_columns(comparison)]
+        if repeated and reference is not None:
+            texts += _latex_difference(group, group is reference)
+        lines.append(" & ".join(texts) + r" \\")
+    left, right = "l" * len(comparison.keys), "r" * (len(heads) - len(comparison.keys))
+    body = "\n".join(lines)
+    notes = " ".join(latex_escape(note) for note in (*_latex_notes(comparison), *comparison.notes))
+    return (
+        "\\begin{table}\n\\centering\n"
+        f"\\begin{{tabular}}{{{left}{right}}}\n\\toprule\n{body}\n\\bottomrule\n\\end{{tabular}}\n"
+        f"\\caption{{{notes}}}\n\\end{{table}}\n"
+    ).replace("†", r"$^\dagger$")
+
+
+def _latex_line(texts: Iterable[str]) -> str:
+    return " & ".join(map(latex_escape, texts)) + r" \\"
+
+
+def _latex_value(group: Group, *, bold: bool) -> str:
+    text = number(group.mean, 2) + (f" $\\pm$ {group.sd:.2f}" if group.sd is not None else "")
+    return rf"\textbf{{{text}}}" if bold else text
+
+
+def _latex_difference(group: Group, is_reference: bool) -> list[str]:
+    if is_reference or group.difference is None or group.difference.mean is None:
+        return ["--", "--"]
+    found = group.difference
+    low, high = found.low, found.high
+    dagger = "" if found.verdict != "not resolved" else r"$^\dagger$"
+    return [f"${found.mean:+.2f}${dagger}", "--" if low is None or high is None else f"$[{low:+.2f}, {high:+.2f}]$"]
+
+
+def _is_resolved_best(comparison: Comparison, group: Group) -> bool:
+    if group is not comparison.groups[0] or comparison.reference is None:
+        return False
+    if group is comparison.reference:
+        others = [other.difference for other in comparison.groups if other is not group]
+        return all(difference is not None and difference.verdict == "worse" for difference in others)
+    return group.difference is not None and group.difference.verdict == "better"
+
+
+def _latex_notes(comparison: Comparison) -> Iterator[str]:
+    if not comparison.has_seeds:
+        yield "One seed each: nothing tells a difference from noise, so nothing is bold."
+        return
+    yield "Mean ± standard deviation over seeds."
+    if comparison.reference is not None:
+        name = comparison.reference.name
+        yield f"Bold: the best, where it is resolved from {name}. †: not resolved from {name}."
+
+
+_LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$"}
+_LATEX |= {mark: f"\\{mark}" for mark in "&%$#_{}"}
+
+
+def latex_escape(text: str) -> str:
+    """Text that LaTeX prints as it is."""
+    return "".join(_LATEX.get(mark, mark) for mark in " ".join(text.split()))
+
+
+_FIRST_TO_GO = ("step", "images/s", "status", "loss", "runs", "seeds")
 
 
 def rich_tables(comparison: Comparison, width: int | None = None) -> list[RichTable]:
@@ -178,10 +309,14 @@ def rich_tables(comparison: Comparison, width: int | None = None) -> list[RichTa
     Columns that do not fit into `width` characters (None: those of the terminal) are left out and named.
     """
     width = width or shutil.get_terminal_size().columns
-    return [_rich_table(table, width, comparison.paper_note) for table in tables(comparison)]
+    from rich.markup import escape
+
+    drawn = [_rich_table(table, width) for table in tables(comparison)]
+    drawn[-1].caption = "\n".join(filter(None, [str(drawn[-1].caption or ""), *map(escape, comparison.notes)])) or None
+    return drawn
 
 
-def _rich_table(table: Table, width: int, note: str = "") -> RichTable:
+def _rich_table(table: Table, width: int) -> RichTable:
     from rich.box import SIMPLE_HEAD
     from rich.markup import escape
     from rich.table import Table as RichTable
@@ -201,8 +336,7 @@ def _rich_table(table: Table, width: int, note: str = "") -> RichTable:
             left_out.append(header)
             del widths[header]
     shown = [i for i, header in enumerate(table.headers) if header in widths]
-    remarks = [note] if note else []
-    remarks += [f"left out for want of width: {', '.join(left_out)}"] if left_out else []
+    remarks = [f"left out for want of width: {', '.join(left_out)}"] if left_out else []
     if any(header.startswith("pretrain.") for header in table.headers):
         remarks.append("keys are shown without their prefix pretrain.")
     caption = "\n".join(remarks) or None

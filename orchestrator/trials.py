@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -23,21 +23,11 @@ Mode = Literal["max", "min"]
 SEED_KEY = "pretrain.seed"
 PROTOTYPES_KEY = "pretrain.head.num_prototypes"
 ENTROPY = "train/teacher_entropy"
-KNN_METRIC = "eval/knn_top1"
-RANKME_METRIC = "eval/rankme"
 _PRETRAIN = "pretrain."
 
 
 class CompareError(ValueError):
     """Nothing to compare: no such experiment, folder, or trial."""
-
-
-@dataclass(frozen=True)
-class Ranking:
-    """What trials are compared by."""
-
-    metric: str
-    mode: Mode
 
 
 @dataclass(frozen=True)
@@ -93,8 +83,8 @@ class TrialSummary:
     """Where the record is: a folder, or the tracking server; for a server with pages, that of the run."""
     record_name: str = ""
     """A name that is the same on disk and in MLflow, by which a run that was asked for twice is known."""
-    ranking: Ranking | None = None
-    """What its sweep ranks by."""
+    definition: Mapping[str, Any] | None = field(default=None, repr=False, compare=False)
+    """That of its sweep (`sweep.json`), the same object for all its trials; None outside a sweep."""
     load_pictures: Callable[[], Pictures | None] | None = field(default=None, repr=False, compare=False)
 
     @cached_property
@@ -199,18 +189,14 @@ def load_from_mlflow(name: str, uri: str | None = None) -> list[TrialSummary]:
     return read_trials(name, uri)
 
 
-def default_ranking(trials: Sequence[TrialSummary]) -> Ranking:
-    """What the trials' sweep ranks by; for trials of none, or of several that disagree, what all have in common.
-
-    That is k-NN where any trial logged it, else RankMe, which needs no labels. Never the loss: it falls with the
-    temperatures and the number of prototypes, whatever was learned.
-    """
-    asked = {trial.ranking for trial in trials if trial.ranking is not None}
-    if len(asked) == 1:
-        return asked.pop()
-    has_knn = any(KNN_METRIC in trial.curves for trial in trials)
-    has_rank = any(RANKME_METRIC in trial.curves for trial in trials)
-    return Ranking(RANKME_METRIC if has_rank and not has_knn else KNN_METRIC, "max")
+def common_definition(trials: Iterable[TrialSummary]) -> Mapping[str, Any] | None:
+    """What the sweeps of the trials say together: the metric and mode on which they agree, and the base that is the
+    same in all; None for trials of no sweep, or of several that are ranked by different metrics."""
+    found = list({id(trial.definition): trial.definition for trial in trials if trial.definition is not None}.values())
+    if not found or len({(each.get("metric"), each.get("mode")) for each in found}) > 1:
+        return None
+    first = found[0]
+    return first if len(found) == 1 else {key: first[key] for key in first if all(key in each and each[key] == first[key] for each in found)}
 
 
 def check_metric(metric: str, trials: Sequence[TrialSummary]) -> None:
@@ -222,12 +208,6 @@ def check_metric(metric: str, trials: Sequence[TrialSummary]) -> None:
         raise CompareError(f"--metric {metric}: no trial logged it{there}")
 
 
-def usual_mode(metric: str) -> Mode:
-    """Whether more or less of a metric is better, where nothing says so."""
-    group, _, name = metric.rpartition("/")
-    return "min" if group == "cost" or name in ("loss", "kl") else "max"
-
-
 def load_from_disk(folder: Path | str) -> list[TrialSummary]:
     """The trials of a sweep's folder, the one run of a run's folder, or all runs of a folder that holds some.
 
@@ -237,19 +217,17 @@ def load_from_disk(folder: Path | str) -> list[TrialSummary]:
     if (folder / records.RUN_FILE).is_file():
         # A sweep's trial has no ledger of its own.
         sweep = folder.parent.parent if folder.parent.name == records.TRIALS_DIR else folder
-        return [_read_run(folder, records.read_states(sweep), _ranking_of(sweep))]
+        return [_read_run(folder, records.read_states(sweep), _definition_of(sweep))]
     if (folder / records.SWEEP_FILE).is_file():
-        states, ranking = records.read_states(folder), _ranking_of(folder)
-        return [_read_run(run, states, ranking) for run in _run_dirs(folder / records.TRIALS_DIR, folder)]
+        states, definition = records.read_states(folder), _definition_of(folder)
+        return [_read_run(run, states, definition) for run in _run_dirs(folder / records.TRIALS_DIR, folder)]
     return [_read_run(run, records.read_states(run)) for run in _run_dirs(folder, folder)]
 
 
-def _ranking_of(folder: Path) -> Ranking | None:
-    """What a sweep ranks by, of its folder; None of the folder of a lone run."""
+def _definition_of(folder: Path) -> dict[str, Any] | None:
+    """The definition of a sweep, of its folder; None of the folder of a lone run."""
     path = folder / records.SWEEP_FILE
-    definition: dict[str, Any] = records.read_json(path) if path.is_file() else {}
-    metric = definition.get("metric")
-    return Ranking(metric, definition.get("mode") or usual_mode(metric)) if metric else None
+    return records.read_json(path) if path.is_file() else None
 
 
 def _run_dirs(parent: Path, asked: Path) -> list[Path]:
@@ -260,7 +238,7 @@ def _run_dirs(parent: Path, asked: Path) -> list[Path]:
     return found
 
 
-def _read_run(run_dir: Path, states: dict[str, records.RunState], ranking: Ranking | None = None) -> TrialSummary:
+def _read_run(run_dir: Path, states: dict[str, records.RunState], definition: Mapping[str, Any] | None = None) -> TrialSummary:
     record = records.RunRecord.read(run_dir)
     state = states.get(record.run_id)
     params = {key: str(value) for key, value in record.config.items()}
@@ -280,7 +258,7 @@ def _read_run(run_dir: Path, states: dict[str, records.RunState], ranking: Ranki
         data_digest=record.data_digest,
         uri=str(run_dir.resolve()),
         record_name=tracking.unique_name(run_dir.resolve()),
-        ranking=ranking,
+        definition=definition,
         load_pictures=partial(_pictures_on_disk, run_dir),
     )
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from orchestrator.compare import Comparison, Row
+from orchestrator.compare import KNN_METRIC, Comparison, Row
 from orchestrator.report.charts import (
     Chart,
     colour_of,
@@ -18,7 +18,7 @@ from orchestrator.report.charts import (
 from orchestrator.report.curves import HOURS
 from orchestrator.report.style import CARD, HIGH, INK, LINES, LOW, MIDDLE, SOFT
 from orchestrator.tables import metric_title
-from orchestrator.trials import KNN_METRIC, Curve
+from orchestrator.trials import Curve
 
 MAX_KEYS = 10
 """Of the parallel coordinates; more axes than this cannot be followed."""

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 
-from orchestrator.compare import Comparison, Row
+from orchestrator.compare import KNN_METRIC, Comparison, Row
 from orchestrator.report.charts import label_of
 from orchestrator.report.style import LINES
 from orchestrator.tables import (
@@ -18,7 +18,7 @@ from orchestrator.tables import (
     number,
     trial_table,
 )
-from orchestrator.trials import KNN_METRIC, TrialSummary
+from orchestrator.trials import TrialSummary
 
 _MANY = 24
 """Rows of a table from which it scrolls by itself."""
