@@ -155,7 +155,13 @@ def test_it_is_scikit_learns_line_through_its_spectrum():
 
 
 def test_without_a_spectrum_there_is_no_exponent():
-    for features in (torch.ones(50, 8), torch.zeros(50, 8), randn(1, 8), randn(5, 64), spectrum(torch.ones(4).double())):
+    for features in (
+        torch.ones(50, 8),
+        torch.zeros(50, 8),
+        randn(1, 8),
+        randn(5, 64),
+        spectrum(torch.ones(4).double()),
+    ):
         assert math.isnan(alpha_req(features))
     assert math.isfinite(alpha_req(randn(6, 64)))  # five eigenvalues, of which two count
 
