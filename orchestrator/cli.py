@@ -199,7 +199,7 @@ def sweep(
 
     Each row of the sweep with each combination of the values that it varies is a trial. SWEEP|FILE is a built-in
     sweep, a FILE.py that defines SWEEP, a FILE.yaml, or a recipe together with --vary. The sweep's own settings have
-    keys too: sweep.scheduler=asha sweep.grace_steps=100 sweep.metric=train/loss ...
+    keys too: sweep.scheduler=asha sweep.grace_steps=100 sweep.metric=eval/rankme ...
 
     \b
     dino sweep quickstart
@@ -235,32 +235,41 @@ def sweep(
     "--format", "form", type=click.Choice(["table", "markdown", "csv", "html"]), default="table", show_default=True
 )
 @click.option("--output", metavar="FILE", type=click.Path(dir_okay=False), help="Write to a file.")
-@click.option("--metric", default="eval/knn_top1", show_default=True, help="What to rank by.")
-@click.option("--mode", type=click.Choice(["max", "min"]), default="max", show_default=True, help="Which is better.")
-def compare(experiment: str, settings: tuple[str, ...], form: Any, output: str | None, metric: str, mode: Any) -> None:
+@click.option("--metric", help="What to rank by; default: as the sweep says, else k-NN, without labels RankMe.")
+@click.option("--mode", type=click.Choice(["max", "min"]), help="Which is better; default: as the metric says.")
+def compare(
+    experiment: str, settings: tuple[str, ...], form: Any, output: str | None, metric: str | None, mode: Any
+) -> None:
     """Rank the trials of EXPERIMENT.
 
     EXPERIMENT is a sweep or run in the storage folder, the path of one, or an MLflow experiment.
     """
     from orchestrator.compare import compare as compare_trials
     from orchestrator.compare import render, rich_tables
+    from orchestrator.metric_choice import choice_for_trials, label_free_agreement, resolve_metric
     from orchestrator.trials import CompareError
 
     try:
-        comparison = compare_trials(_trials_of(experiment, settings), metric, mode)
+        trials, definition = _trials_of(experiment, settings)
+        asked = resolve_metric(metric, mode, has_labels=True) if metric is not None else None
+        choice = asked or choice_for_trials(trials, definition)
+        comparison = compare_trials(trials, choice.metric, mode or choice.mode)
     except CompareError as error:
         raise ConfigError(str(error)) from error
+    notes = [choice.sentence, *(found.sentence for found in label_free_agreement(trials))]
     if form == "table" and output is None and sys.stdout.isatty():
         from rich.console import Console
 
-        Console().print(*rich_tables(comparison))
+        Console().print(*rich_tables(comparison), *notes)
         return
     if form == "html":
         from orchestrator.report import render_report
 
-        text = render_report(comparison, title=experiment)
+        text = render_report(comparison, title=experiment, notes=notes)
     else:
         text = render(comparison, form)
+        if form != "csv":
+            text += "\n" + "\n".join(notes) + "\n"
     if output is None:
         click.echo(text, nl=False)
         return
@@ -403,17 +412,20 @@ def _refuse_with_resume(options: dict[str, Any]) -> None:
         raise click.UsageError(f"--resume goes on with what was begun, and cannot be combined with {wrong[0]}.")
 
 
-def _trials_of(experiment: str, settings: Sequence[str]) -> list[TrialSummary]:
-    """The trials of a folder, of a name in the storage folder, or of an MLflow experiment, looked for in this order."""
+def _trials_of(experiment: str, settings: Sequence[str]) -> tuple[list[TrialSummary], dict[str, Any] | None]:
+    """The trials of a folder, of a name in the storage folder, or of an MLflow experiment, looked for in this order;
+    and the definition of their sweep where its folder was found."""
     from orchestrator.config import RunConfig
     from orchestrator.overrides import override, parse_assignments
+    from orchestrator.records import SWEEP_FILE, read_json
     from orchestrator.trials import load_from_disk, load_from_mlflow
 
     config = override(RunConfig(), parse_assignments(settings))
     for folder in (Path(experiment), Path(config.cluster.storage) / experiment):
         if folder.is_dir():
-            return load_from_disk(folder)
-    return load_from_mlflow(experiment, config.tracking.uri)
+            definition = folder / SWEEP_FILE
+            return load_from_disk(folder), read_json(definition) if definition.is_file() else None
+    return load_from_mlflow(experiment, config.tracking.uri), None
 
 
 def _report_failures(failed: Mapping[str, str]) -> None:

@@ -44,11 +44,6 @@ _RAW_PIXEL_VALUES = 1 << 28
 """Raw pixels are classified too, as a floor to compare with, while a gallery holds no more values than this."""
 
 
-def has_test_labels(source: Source) -> bool:
-    """Whether k-NN can be measured: labels on both sides, and images to test on."""
-    return source.test is not None and source.test.labels is not None and source.train.labels is not None
-
-
 def make_evaluate(
     config: RunConfig, source: Source, digest: str | None = None
 ) -> Callable[[TrainState], dict[str, float]] | None:
@@ -67,7 +62,7 @@ def make_evaluate(
     Raises:
         ConfigError: As `make_loader` does.
     """
-    if not has_test_labels(source) and not config.pretrain.eval.num_label_free:
+    if not source.has_test_labels and not config.pretrain.eval.num_label_free:
         return None
     return _Evaluation(config, source, digest)
 
@@ -77,7 +72,7 @@ class _Evaluation:
 
     def __init__(self, config: RunConfig, source: Source, digest: str | None) -> None:
         settings = config.pretrain.eval
-        num, labelled = len(source.train), has_test_labels(source)
+        num, labelled = len(source.train), source.has_test_labels
         self._config = config
         # The choices are nested, so that an image of both costs one forward pass.
         limits = [settings.num_label_free, *([settings.num_gallery or num] if labelled else [])]
