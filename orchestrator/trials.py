@@ -196,7 +196,11 @@ def common_definition(trials: Iterable[TrialSummary]) -> Mapping[str, Any] | Non
     if not found or len({(each.get("metric"), each.get("mode")) for each in found}) > 1:
         return None
     first = found[0]
-    return first if len(found) == 1 else {key: first[key] for key in first if all(key in each and each[key] == first[key] for each in found)}
+    return (
+        first
+        if len(found) == 1
+        else {key: first[key] for key in first if all(key in each and each[key] == first[key] for each in found)}
+    )
 
 
 def check_metric(metric: str, trials: Sequence[TrialSummary]) -> None:
@@ -238,7 +242,9 @@ def _run_dirs(parent: Path, asked: Path) -> list[Path]:
     return found
 
 
-def _read_run(run_dir: Path, states: dict[str, records.RunState], definition: Mapping[str, Any] | None = None) -> TrialSummary:
+def _read_run(
+    run_dir: Path, states: dict[str, records.RunState], definition: Mapping[str, Any] | None = None
+) -> TrialSummary:
     record = records.RunRecord.read(run_dir)
     state = states.get(record.run_id)
     params = {key: str(value) for key, value in record.config.items()}

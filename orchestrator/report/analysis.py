@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from orchestrator.compare import KNN_METRIC, Comparison, Row
+from orchestrator.regret import LABEL_FREE, regrets
 from orchestrator.report.charts import (
     Chart,
     colour_of,
@@ -26,8 +27,6 @@ _DECADES = 1.5  # from which numbers are spread on a log scale
 _MAX_TICKS = 12
 _MAX_STRIPS = 60
 _NUM_COLUMNS = 240
-LABEL_FREE = {"eval/rankme": "RankMe", "eval/lidar": "LiDAR"}
-"""Scores of the features that need no labels, of which more is better."""
 
 
 def parallel_coordinates(comparison: Comparison) -> Chart | None:
@@ -145,10 +144,13 @@ def regret_charts(comparison: Comparison) -> list[Chart]:
     from plotly.graph_objects import Figure
 
     charts = []
-    for metric, title in LABEL_FREE.items():
-        points = _pairs(comparison, metric)
-        if len(points) < 2:
-            continue
+    for found in regrets(comparison):
+        title = LABEL_FREE[found.score]
+        both = [
+            (i, row, finite(row.trial.last(found.score)), finite(row.trial.last(KNN_METRIC)))
+            for i, row in enumerate(comparison.rows)
+        ]
+        points = [point for point in both if point[2] is not None and point[3] is not None]
         figure = Figure(layout=layout(x=title, y=metric_title(KNN_METRIC)))
         figure.add_scatter(
             x=[score for _, _, score, _ in points],
@@ -158,29 +160,11 @@ def regret_charts(comparison: Comparison) -> list[Chart]:
             text=[drawn_text(label_of(row)) for _, row, _, _ in points],
             hovertemplate=f"%{{text}}<br>{title} %{{x:.4~g}}, k-NN %{{y:.4~g}} %<extra></extra>",
         )
-        unit = f"choosing by it costs {regret(comparison, metric):.2f} points of k-NN"
-        charts.append(Chart(f"regret-{title.lower()}", f"k-NN and {title}", figure, unit))
+        alike = "" if found.correlation is None else f"; rank correlation {found.correlation:.2f}"
+        unit = f"choosing by it costs {found.regret:.2f} points of k-NN{alike}"
+        name = found.score.rpartition("/")[2].replace("_", "-")
+        charts.append(Chart(f"regret-{name}", f"k-NN and {title}", figure, unit))
     return charts
-
-
-def regret(comparison: Comparison, metric: str) -> float | None:
-    """The best k-NN minus that of the trial with the best label-free score, in points; None below two trials that have
-    both."""
-    points = _pairs(comparison, metric)
-    if len(points) < 2:
-        return None
-    chosen = max(points, key=lambda point: point[2])
-    return max(knn for _, _, _, knn in points) - chosen[3]
-
-
-def _pairs(comparison: Comparison, metric: str) -> list[tuple[int, Row, float, float]]:
-    """Place, row, label-free score and k-NN of the trials that have both, as they were last measured."""
-    found = []
-    for i, row in enumerate(comparison.rows):
-        score, knn = finite(row.trial.last(metric)), finite(row.trial.last(KNN_METRIC))
-        if score is not None and knn is not None:
-            found.append((i, row, score, knn))
-    return found
 
 
 def collapse_timeline(comparison: Comparison) -> Chart | None:

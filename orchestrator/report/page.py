@@ -20,6 +20,7 @@ from orchestrator.report import sections
 from orchestrator.report.analysis import collapse_timeline, cost_charts, parallel_coordinates, regret_charts
 from orchestrator.report.charts import AXES, MAX_POINTS, Chart, embedded, points_per_line
 from orchestrator.report.curves import axes_of, curve_charts
+from orchestrator.report.effects import difference_chart
 from orchestrator.report.pictures import gallery
 from orchestrator.report.script import SCRIPT
 from orchestrator.report.style import STYLE
@@ -60,17 +61,16 @@ def render_report(
 
     Args:
         baselines: the metric of what was not learned (random weights, raw pixels), by name.
-        notes: sentences to read before the numbers; that digits are a smoke test and what the paper's numbers are is
+        notes: sentences to read before the numbers; that digits are a smoke test, and the comparison's own notes, are
             added here.
         commands: what to type next, by what it does.
     """
     baselines = baselines or {}
     digits = any(row.trial.params.get("data.source") == "digits" for row in comparison.rows)
-    paper = [comparison.paper_note] if comparison.paper_note else []
-    notes = list(dict.fromkeys([*([SMOKE_TEST] if digits else []), *paper, *notes]))
+    notes = list(dict.fromkeys([*([SMOKE_TEST] if digits else []), *comparison.notes, *notes]))
     charts: list[Chart] = []
     found = [
-        sections.ranking(comparison),
+        _ranking(comparison, charts),
         _collapse(comparison, charts),
         sections.failures(comparison),
         sections.baselines(comparison, baselines),
@@ -125,6 +125,12 @@ def _placed(found: Sequence[Chart], charts: list[Chart]) -> str:
     """The places of some charts in the page; notes them among those to be drawn."""
     charts += found
     return f'<div class="charts">{"".join(chart.html() for chart in found)}</div>' if found else ""
+
+
+def _ranking(comparison: Comparison, charts: list[Chart]) -> str:
+    differences = difference_chart(comparison)
+    placed = _placed([differences] if differences else [], charts)
+    return sections.section("ranking", "Ranking", *sections.ranking_tables(comparison, placed))
 
 
 def _collapse(comparison: Comparison, charts: list[Chart]) -> str:

@@ -51,12 +51,20 @@ def tiles(comparison: Comparison) -> str:
     return f'<div class="tiles">{"".join(cards)}</div>'
 
 
-def ranking(comparison: Comparison) -> str:
-    """The configurations, where seeds repeat them, and the trials; each trial opens to what its numbers come from."""
-    parts = [_ranking_table(comparison)]
-    if comparison.has_seeds:
-        parts.insert(0, wide(html_table(configuration_table(comparison)), len(comparison.groups)))
-    return section("ranking", "Ranking", *parts)
+def ranking_tables(comparison: Comparison, differences: str = "") -> list[str]:
+    """The configurations, where seeds repeat them, with the chart of their differences, and the trials; each trial
+    opens to what its numbers come from."""
+    trials = _ranking_table(comparison)
+    if not comparison.has_seeds:
+        return [trials]
+    configurations = html_table(configuration_table(comparison), _mark_configuration)
+    return [wide(configurations, len(comparison.groups)), differences, trials]
+
+
+def _mark_configuration(_index: int, header: str, cell: str) -> str:
+    if header == "verdict":
+        return "tag " + {"better": "good", "worse": "bad"}.get(cell, "")
+    return "name" if header in ("row", "configuration") else ""
 
 
 def _ranking_table(comparison: Comparison) -> str:

@@ -210,11 +210,11 @@ def test_file_then_command_line_then_run(calls: list[Any], tmp_path: Path) -> No
 
 def test_a_sweep_is_made_of_all_that_is_given(calls: list[Any]) -> None:
     options = ["--vary", "pretrain.optim.lr=1e-3,1e-4", "--seeds", "3", "--base", "cifar10_tiny"]
-    assert cli.main(["sweep", "temperature", "pretrain.steps=5", *options, "sweep.metric=train/loss"]) == 0
+    assert cli.main(["sweep", "temperature", "pretrain.steps=5", *options, "sweep.metric=eval/lidar"]) == 0
     assert cli.main(["sweep", "momentum", *options]) == 0
     ((name, sweep, _), (_, grid, _)) = calls
     assert (name, sweep.name, sweep.recipe, sweep.seeds) == ("run_sweep", "temperature", "cifar10_tiny", 3)
-    assert sweep.metric == "train/loss"
+    assert sweep.metric == "eval/lidar"
     assert sweep.changes == {"pretrain.teacher.warmup_temp_epochs": 0, "pretrain.steps": "5"}
     assert (len(sweep.rows), list(sweep.space)) == (6, ["pretrain.optim.lr"])
     assert list(grid.space) == ["pretrain.teacher.momentum", "pretrain.optim.lr"]

@@ -13,12 +13,10 @@ from orchestrator import mlflow_trials, records, tracking
 from orchestrator.config import TrackingConfig
 from orchestrator.trials import (
     CompareError,
-    Ranking,
     TrialSummary,
     check_metric,
-    default_ranking,
+    common_definition,
     load_trials,
-    usual_mode,
 )
 
 COMMIT, DIGEST = "0a1b" * 10, "sha256:77"
@@ -139,7 +137,7 @@ def test_disk_and_mlflow_tell_the_same(storage: Path, uri: str) -> None:
         for name in ("name", "status", "params", "seed", "curves", "experiment", "record_name"):
             assert getattr(ours, name) == getattr(theirs, name), name
         assert (ours.git_commit, ours.data_digest) == (theirs.git_commit, theirs.data_digest) == (COMMIT, DIGEST)
-        assert ours.ranking == theirs.ranking == Ranking("train/kl", "min")
+        assert ours.definition == theirs.definition is not None
     assert (on_disk[0].uri, tracked[0].uri) == (str(storage / "temperature-1" / "trials" / "t0"), uri)
 
 
@@ -152,24 +150,18 @@ def test_pictures_are_the_newest_and_read_when_asked_for(storage: Path, uri: str
         assert second.pictures is None
 
 
-def test_the_metric_of_one_sweep_is_the_default_and_of_several_what_they_share(tmp_path: Path) -> None:
-    write_sweep(tmp_path, "a")
-    write_sweep(tmp_path, "b")
-    write_sweep(tmp_path, "c", "train/loss")
+def test_sweeps_that_agree_say_together_what_they_are_ranked_by(tmp_path: Path) -> None:
+    for name, metric in (("a", "train/kl"), ("b", "train/kl"), ("c", "train/loss")):
+        write_sweep(tmp_path, name, metric)
     write_run(tmp_path / "lone", "lone", 0)
 
-    def ranking(*given: str) -> Ranking:
-        return default_ranking(load_trials(given, storage=str(tmp_path)))
+    def definition(*given: str) -> Any:
+        return common_definition(load_trials(given, storage=str(tmp_path)))
 
-    assert ranking("a") == ranking("a", "b", "lone") == Ranking("train/kl", "min")
-    assert ranking("a", "c") == ranking("lone") == Ranking("eval/rankme", "max")  # no labels
-    with_labels = TrialSummary("id", "n", "finished", curves={"eval/knn_top1": [(0, 1.0)]})
-    assert default_ranking([with_labels]) == Ranking("eval/knn_top1", "max")
-
-
-def test_less_of_a_loss_or_cost_is_better() -> None:
-    assert [usual_mode(m) for m in ("train/loss", "train/kl", "cost/device_hours")] == ["min"] * 3
-    assert [usual_mode(m) for m in ("eval/knn_top1", "eval/rankme", "train/loss_below_uniform")] == ["max"] * 3
+    assert definition("a")["trials"] == [{"trial_id": "t0"}, {"trial_id": "t1"}]
+    assert definition("a", "b", "lone") == definition("b")
+    assert definition("a", "b")["metric"] == "train/kl"
+    assert definition("a", "c") is definition("lone") is None
 
 
 def test_a_metric_that_nobody_logged_is_refused_with_the_nearest(storage: Path) -> None:
