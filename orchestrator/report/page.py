@@ -16,11 +16,12 @@ from html import escape
 from pathlib import Path
 
 from orchestrator.compare import Comparison
+from orchestrator.effects import analyse, importance
 from orchestrator.report import sections
 from orchestrator.report.analysis import collapse_timeline, cost_charts, parallel_coordinates, regret_charts
 from orchestrator.report.charts import AXES, MAX_POINTS, Chart, embedded, points_per_line
 from orchestrator.report.curves import axes_of, curve_charts
-from orchestrator.report.effects import difference_chart
+from orchestrator.report.effects import difference_chart, effect_charts, effect_words, importance_chart
 from orchestrator.report.pictures import gallery
 from orchestrator.report.script import SCRIPT
 from orchestrator.report.style import STYLE
@@ -146,8 +147,14 @@ def _curves(comparison: Comparison, baselines: Mapping[str, float], charts: list
 
 
 def _effects(comparison: Comparison, charts: list[Chart]) -> str:
-    coordinates = parallel_coordinates(comparison)
-    return sections.section("effects", "What the parameters do", _placed([coordinates] if coordinates else [], charts))
+    if len(comparison.groups) < 2:
+        return ""
+    analysis, importances = analyse(comparison), importance(comparison)
+    coordinates, shares = parallel_coordinates(comparison), importance_chart(importances)
+    found = [chart for chart in (coordinates, *effect_charts(comparison, analysis), shares) if chart is not None]
+    refused = effect_words(analysis)
+    refused += [f"Importance: {importances.reason}."] if importances.reason and found else []
+    return sections.section("effects", "What the parameters do", _placed(found, charts), sections.refusals(refused))
 
 
 def _choice(comparison: Comparison, charts: list[Chart]) -> str:

@@ -200,6 +200,12 @@ def failures(comparison: Comparison) -> str:
     return section("failures", "What went wrong", _reasons(comparison, lambda trial: trial.status != "stopped"))
 
 
+def refusals(sentences: Sequence[str]) -> str:
+    """What these trials cannot tell, and why."""
+    items = "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences)
+    return f"<details><summary>What these trials cannot tell</summary><ul>{items}</ul></details>" if items else ""
+
+
 def early_stops(comparison: Comparison) -> str:
     """Why trials were stopped early."""
     found = _reasons(comparison, lambda trial: trial.status == "stopped")
