@@ -75,7 +75,8 @@ nav{display:flex;flex-wrap:wrap;gap:4px 18px;margin-top:16px;font-size:13px}
 .tile b{display:block;font-size:27px;line-height:1.3;font-variant-numeric:tabular-nums}
 .tile.good b,.good{color:var(--good)} .tile.bad b,.bad{color:var(--bad)}
 .note{margin:18px 0 0;padding:11px 16px;background:var(--warn);border-left:4px solid var(--edge);border-radius:6px}
-.wide{overflow-x:auto} .tall{max-height:640px;overflow-y:auto} .wide+.wide,.wide+details{margin-top:18px}
+.wide{overflow-x:auto} .tall{max-height:640px;overflow-y:auto}
+.wide+.wide,.wide+details,.charts+.wide,.charts+details{margin-top:18px}
 table{border-collapse:collapse;width:100%;font-size:13px}
 caption{padding:0 0 6px;text-align:left;color:var(--soft);font-size:13px}
 th,td{padding:6px 7px;border-bottom:1px solid var(--rule);text-align:left;vertical-align:top}
@@ -103,7 +104,7 @@ td button[aria-expanded=true]::after{content:" \\25B4"}
  font-size:13px}
 .switch button{padding:4px 14px;color:var(--soft)}
 .switch [aria-pressed=true]{background:var(--s0);color:var(--card)}
-.charts{display:grid;grid-template-columns:repeat(2,minmax(0,1fr));gap:14px 22px}
+.charts{margin-top:12px;display:grid;grid-template-columns:repeat(2,minmax(0,1fr));gap:14px 22px}
 .charts .all{grid-column:1/-1}
 @media (max-width:860px){.charts{grid-template-columns:minmax(0,1fr)}}
 figure{margin:0;min-width:0} figcaption{font-size:14px;font-weight:600}

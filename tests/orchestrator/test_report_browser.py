@@ -5,53 +5,33 @@ from __future__ import annotations
 import io
 import math
 import os
-import shutil
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from docs.screenshots import WIDTH_PX, chromium, wait_for_drawing
 from orchestrator.compare import KNN_METRIC, compare
 from orchestrator.report import write_report
 from orchestrator.report.style import DARK, LINES
 from orchestrator.trials import Curve, Pictures, TrialSummary
 
-WIDTH_PX = 1280
 LN_K = math.log(256)
 HOSTILE = '</script><script>window.hacked=1</script><img src=x onerror="window.hacked=1"><b>%{x}'
 
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if chromium is None or driver is None:
-        pytest.skip("no chromium with chromedriver on this machine")
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for argument in (
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-dev-shm-usage",
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--host-resolver-rules=MAP * ~NOTFOUND",
-        f"--window-size={WIDTH_PX},900",
-        f"--user-data-dir={tmp_path_factory.mktemp('chromium')}",
-    ):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    started = webdriver.Chrome(options=options, service=Service(driver))
-    started.set_script_timeout(60)
-    try:
+    with ExitStack() as stack:
+        try:
+            started = stack.enter_context(chromium(f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"))
+        except LookupError as missing:
+            pytest.skip(str(missing))
+        started.set_script_timeout(60)
         yield started
-    finally:
-        started.quit()
 
 
 def png() -> bytes:
@@ -89,15 +69,8 @@ def open_page(browser: Any, folder: Path, trials: list[TrialSummary], title: str
     path = write_report(folder / "report.html", compare(trials), title=title, baselines={"random weights": 40.0})
     browser.get_log("browser")  # what earlier pages said
     browser.get(path.as_uri())
-    wait_for_drawing(browser, "step")
+    wait_for_drawing(browser)
     return path
-
-
-def wait_for_drawing(browser: Any, axis: str) -> None:
-    from selenium.webdriver.support.ui import WebDriverWait
-
-    drawn = "return document.documentElement.dataset.drawn"
-    WebDriverWait(browser, 90, 0.1).until(lambda found: found.execute_script(drawn) == axis)
 
 
 def complaints(browser: Any) -> list[str]:
