@@ -1,6 +1,6 @@
 """How often the verdicts of a comparison are right, by simulation.
 
-    python -m benchmarks.verdicts [--sweeps 400] [--json]
+    python -m benchmarks.verdicts [--sweeps 200] [--json]
 
 simulates sweeps of 6 configurations with 3, 5 and 10 shared seeds under five kinds of noise and takes each through
 `orchestrator.statistics.paired_differences`, as `compare` does. It prints
@@ -12,7 +12,7 @@ simulates sweeps of 6 configurations with 3, 5 and 10 shared seeds under five ki
 - the seeds that `seeds_to_resolve` asks for, and the power that they have;
 - pairing: the variance it saves, by the correlation between configurations.
 
-docs/statistics.md has figures. 400 sweeps take about two minutes of one core.
+docs/statistics.md has figures. 200 sweeps take about a minute of one core.
 """
 
 from __future__ import annotations
@@ -197,7 +197,7 @@ def _print(figures: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sweeps", type=int, default=400, help="simulated sweeps of each case")
+    parser.add_argument("--sweeps", type=int, default=200, help="simulated sweeps of each case")
     parser.add_argument("--json", action="store_true", help="end with the figures as one line of JSON")
     arguments = parser.parse_args()
     figures = measure(arguments.sweeps)
