@@ -244,6 +244,8 @@ def compare(
 
     EXPERIMENT is a sweep or run in the storage folder, the path of one, or an MLflow experiment.
     """
+    from dataclasses import replace
+
     from orchestrator.compare import compare as compare_trials
     from orchestrator.compare import render, rich_tables
     from orchestrator.metric_choice import choice_for_trials, label_free_agreement, resolve_metric
@@ -253,7 +255,8 @@ def compare(
         trials, definition = _trials_of(experiment, settings)
         asked = resolve_metric(metric, mode, has_labels=True) if metric is not None else None
         choice = asked or choice_for_trials(trials, definition)
-        comparison = compare_trials(trials, choice.metric, mode or choice.mode)
+        choice = replace(choice, mode=mode or choice.mode)
+        comparison = compare_trials(trials, choice.metric, choice.mode)
     except CompareError as error:
         raise ConfigError(str(error)) from error
     notes = [choice.sentence, *(found.sentence for found in label_free_agreement(trials))]
