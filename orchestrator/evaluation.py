@@ -158,7 +158,12 @@ def fixed_choice(num: int, limit: int | None) -> NDArray[np.int64]:
     """
     if limit is None or limit >= num:
         return np.arange(num)
-    return np.sort(np.random.default_rng(0).permutation(num)[:limit])
+    return np.sort(choice_order(num)[:limit])
+
+
+def choice_order(num: int) -> NDArray[np.int64]:
+    """All of `num` images in the order in which they are chosen."""
+    return np.random.default_rng(0).permutation(num)
 
 
 class _CentreCrop:
