@@ -1,4 +1,4 @@
-"""Configurations beside a reference: which it is, what is said of it, and how papers, notebooks and terminals get it."""
+"""Configurations beside a reference: which it is, what is said of it, in tables, papers and notebooks."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def test_the_best_is_bold_in_latex_only_where_it_is_resolved() -> None:
     lines = text.splitlines()
     assert lines[:4] == [r"\begin{table}", r"\centering", r"\begin{tabular}{lrrr}", r"\toprule"]
     assert lines[4] == r"teacher.temp & k-NN \% & vs base & 95 \% CI \\"
-    assert lines[6].startswith(r"0.05 & \textbf{75.55 $\pm$ 1.21} & $+5.05$ & $[")
+    assert lines[6].startswith(r"0.05 & \textbf{75.55 $\pm$ 1.22} & $+5.05$ & $[")
     assert r"$^\dagger$ &" in lines[7]  # 0.06
     assert lines[8] == r"0.04 & 70.50 $\pm$ 1.29 & -- & -- \\"
     assert text.count(r"\textbf") == 1
