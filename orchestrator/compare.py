@@ -6,13 +6,13 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
-from orchestrator.overrides import did_you_mean
 from orchestrator.statistics import Difference, paired_differences
 from orchestrator.trials import SEED_KEY, CompareError, Mode, TrialSummary
 
@@ -251,9 +251,10 @@ def find_reference(groups: Sequence[Group], name: str | None, base: Mapping[str,
         if name == BEST:
             return 0, _WINNER
         names = [*dict.fromkeys(group.name for group in groups), BEST]
-        raise CompareError(
-            f"--reference {name}: no such configuration{did_you_mean(name, names)}; there is {', '.join(names)}"
-        )
+        # Names hold numbers with points, which are no dotted keys.
+        near = difflib.get_close_matches(name, names, n=3)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise CompareError(f"--reference {name}: no such configuration{hint}; there is {', '.join(names)}")
     named = [i for i, group in enumerate(groups) if group.name == BASE or _row_of(group) == {BASE}]
     if len(named) == 1:
         return named[0], "the sweep's base"
