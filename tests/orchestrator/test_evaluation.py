@@ -316,7 +316,7 @@ def test_features_that_are_not_finite_end_the_run() -> None:
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        ({"num_label_free": 100}, "num_lidar_images = 256: must be at most pretrain.eval.num_label_free = 100"),
+        ({"num_label_free": 100}, "num_lidar_images = 128: must be at most pretrain.eval.num_label_free = 100"),
         ({"num_lidar_views": 3}, "num_lidar_views = 3: must be even"),
         ({"pictures_every_steps": 75}, "pictures_every_steps = 75: must be a multiple of pretrain.eval.every_steps"),
         ({"every_steps": None, "pictures_every_steps": 75}, "pictures_every_steps = 75: must be a multiple"),
