@@ -111,8 +111,8 @@ def make_scheduler(definition: Mapping[str, Any], longest: int) -> TrialSchedule
             **judged_by,
             grace_period=definition["grace_steps"],
             # While there are too few results to judge by, Tune would pause a trial after this many steps for another
-            # to begin, which costs the steps since its last checkpoint.
-            min_time_slice=longest + 1,
+            # to begin, which costs the steps since its last checkpoint. It compares with minus infinity at first.
+            min_time_slice=math.inf,  # type: ignore[arg-type]
         )
     return ASHAScheduler(
         **judged_by,
