@@ -79,7 +79,10 @@ BAD_INPUT = [
     ([*SQ, "--base", "dino_vit"], "error: unknown recipe 'dino_vit'; did you mean dino_vits16?"),
     ([*SQ, "--seeds", "0"], "Invalid value for '--seeds'"),
     ([*SQ, "--seeds", "2", "sweep.seeds=3"], "error: sweep.seeds: given twice"),
-    ([*SQ, "sweep.scheduler=ash"], "error: sweep.scheduler = ash: must be one of none, asha; did you mean asha?"),
+    (
+        [*SQ, "sweep.scheduler=ash"],
+        "error: sweep.scheduler = ash: must be one of none, asha, median, hyperband, pbt; did you mean asha?",
+    ),
     ([*SQ, "pretrain.teacher.temp=0.1"], "the sweep varies pretrain.teacher.temp; choose its values by --vary"),
     ([*SQ, "--vary", "pretrain.optim.lr=1e-3,0"], "error: pretrain.optim.lr = 0: must be a number > 0"),
     ([*SQ, "--vary", "pretrain.optim.lr"], "error: --vary pretrain.optim.lr: must be key=value,value,..."),
