@@ -36,6 +36,7 @@ _TITLES = {
     KNN_METRIC: "k-NN %",
     "eval/linear_top1": "linear %",
     "cost/hours": "hours",
+    "cost/device_hours": "GPU-hours or core-hours",
     "cost/gpu_memory_gb": "GB per GPU",
 }
 _UNSEEN_PREFIXES = ("tracking.", "derived/", "paper/")
