@@ -54,7 +54,6 @@ def test_spans_are_read_from_the_records(tmp_path: Path) -> None:
 
 
 def test_a_bare_loop_trains() -> None:
-    config = override(quickstart(), {"pretrain.batch_size": 8, "pretrain.model.depth": 1})
-    short, long = bare_loop(config, 2), bare_loop(config, 40)
+    config = override(quickstart(), {"pretrain.batch_size": 4, "pretrain.model.depth": 1})
+    short, long = bare_loop(config, 2), bare_loop(config, 30)
     assert 0 < short.cpu_s < long.cpu_s
-    assert short.seconds < long.seconds
