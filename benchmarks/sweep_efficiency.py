@@ -35,12 +35,11 @@ from orchestrator.config import RunConfig
 from orchestrator.estimate import num_devices
 from orchestrator.overrides import override, parse_assignments
 from orchestrator.records import LEDGER_FILE, METRICS_FILE, read_lines
-from orchestrator.run_clock import DEVICE_HOURS
+from orchestrator.run_clock import DEVICE_HOURS, PARTS
 from orchestrator.run_sweep import run_sweep
 from orchestrator.sweep import Sweep
 
 _PROBED_STEPS = 30
-_PARTS = ("start", "data_wait", "evaluation", "checkpoint")
 
 
 @dataclass(frozen=True)
@@ -163,7 +162,7 @@ def read_spans(folder: Path, config: RunConfig) -> list[Span]:
         for record in records:
             metrics |= record["metrics"]
         seconds = metrics[DEVICE_HOURS] * 3600 / num_devices(config)
-        parts = {part: metrics[f"time/{part}_s"] for part in _PARTS}
+        parts: dict[str, float] = {part: metrics[f"time/{part}_s"] for part in PARTS}
         parts["steps"] = seconds - sum(parts.values())
         end = records[-1]["time"]
         spans.append(Span(events["started"], end - seconds, end, events["finished"], parts))
@@ -181,12 +180,13 @@ def breakdown(spans: Sequence[Span], began: float, ended: float, at_once: int) -
         else:
             between += span.started - free[place]
         free[place] = span.finished
-    parts = {part: sum(span.parts[part] for span in spans) for part in ("steps", *_PARTS)}
+    parts = {part: sum(span.parts[part] for span in spans) for part in ("steps", *PARTS)}
     return {
         "training steps": parts["steps"],
         "waiting for data": parts["data_wait"],
         "evaluation": parts["evaluation"],
         "checkpoint": parts["checkpoint"],
+        "reports to Tune": parts["report"],
         "worker start: imports, data, network": parts["start"],
         "actor start": sum(span.entered - span.started for span in spans),
         "end of a trial": sum(span.finished - span.last_record for span in spans),

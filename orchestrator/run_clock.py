@@ -13,8 +13,8 @@ from orchestrator.records import METRICS_FILE, read_lines
 DEVICE_HOURS = "cost/device_hours"
 """Wall hours times GPUs or, without GPUs, times the CPU cores of the training processes."""
 
-Part = Literal["start", "data_wait", "evaluation", "checkpoint"]
-_PARTS: tuple[Part, ...] = ("start", "data_wait", "evaluation", "checkpoint")
+Part = Literal["start", "data_wait", "evaluation", "checkpoint", "report"]
+PARTS: tuple[Part, ...] = ("start", "data_wait", "evaluation", "checkpoint", "report")
 
 _T = TypeVar("_T")
 
@@ -31,12 +31,12 @@ class RunClock:
     def __init__(self, run_dir: Path | None, num_devices: int, began: float) -> None:
         self._num_devices = num_devices
         self._began = began
-        self._spent: dict[Part, float] = dict.fromkeys(_PARTS, 0.0)
+        self._spent: dict[Part, float] = dict.fromkeys(PARTS, 0.0)
         self._hours_before = 0.0
         if run_dir is not None:
             self._hours_before = hours_spent(run_dir, num_devices)
             for _, record in read_lines(run_dir / METRICS_FILE):
-                for part in _PARTS:
+                for part in PARTS:
                     self._spent[part] = record["metrics"].get(f"time/{part}_s", self._spent[part])
 
     def device_hours(self) -> dict[str, float]:
@@ -46,7 +46,7 @@ class RunClock:
 
     def parts(self) -> dict[str, float]:
         """Seconds so far: `time/start_s` (imports, data, network), `time/data_wait_s`, `time/evaluation_s`,
-        `time/checkpoint_s`."""
+        `time/checkpoint_s`, `time/report_s` (waiting for Tune or the other workers)."""
         return {f"time/{part}_s": seconds for part, seconds in self._spent.items()}
 
     def started(self) -> None:

@@ -122,7 +122,8 @@ def _train(run_dir: Path, config: RunConfig, place: Place, report: Report, began
         if journal is not None:
             journal.log(step, metrics)
         latest.update(metrics)
-        report({**latest, "step": step, "total_steps": state.schedules.total_steps})
+        with clock.during("report"):
+            report({**latest, "step": step, "total_steps": state.schedules.total_steps})
 
     def on_checkpoint(state: TrainState) -> None:
         with clock.during("checkpoint"):

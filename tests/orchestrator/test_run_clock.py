@@ -85,6 +85,7 @@ def test_parts_are_summed_over_attempts(tmp_path: Path, hand: Hand) -> None:
             "time/evaluation_s": 7 * expected,
             "time/checkpoint_s": 3 * expected,
             "time/data_wait_s": 0,
+            "time/report_s": 0,
         }
 
 
