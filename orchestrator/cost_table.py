@@ -142,18 +142,19 @@ class CostTable:
             rows.append(row)
         return rows
 
-    def lines(self, at_once: int, *, here: bool, expected: float = 1.0) -> dict[str, str]:
+    def lines(self, at_once: int, *, here: bool, expected: float = 1.0, stops: bool = False) -> dict[str, str]:
         """What all runs cost together.
 
         Args:
             at_once: How many run at once.
             here: Whether this machine is what they share.
             expected: Share of the steps that are taken on average where some runs are stopped early.
+            stops: Whether some are, however many.
         """
         flops = self._scale * sum(kind.num_runs * kind.amount.flops for kind in self.kinds)
         images = self._scale * sum(kind.num_runs * kind.amount.images for kind in self.kinds)
         evaluated = self._scale * sum(kind.num_runs * kind.amount.evaluated for kind in self.kinds)
-        bound = "at most " if expected < 1 else ""
+        bound = "at most " if stops or expected < 1 else ""
         lines = {"arithmetic": f"{bound}{flops_in_words(flops)}: {images:,.0f} images of training"}
         lines["arithmetic"] += f", {evaluated:,.0f} of evaluations" if evaluated else ""
         word = device_word(self.config)

@@ -15,10 +15,12 @@ from orchestrator.cost import MOMENTS, StepCost
 from orchestrator.cost_table import CostTable, bytes_in_words, number_of
 from orchestrator.data.shelf import num_streams
 from orchestrator.estimate import share_that_runs
+from orchestrator.metric_choice import choice_for_sweep
 from orchestrator.overrides import flatten, show
 from orchestrator.preflight import open_sources
 from orchestrator.ray_cluster import Capacity, Demand, cluster_address, plan_concurrency, resolve_launcher
 from orchestrator.runs import Trial
+from orchestrator.schedulers import describe_scheduler
 from orchestrator.sweep import Sweep, short_names
 from orchestrator.tracking import Target
 
@@ -62,6 +64,8 @@ def print_sweep(
 ) -> None:
     """Print a sweep that was expanded; `calibrate` as in `print_run`. Raises ConfigError if a trial cannot run."""
     sources = open_sources(trial.config for trial in trials)
+    labelled = all(source.has_test_labels for source in sources.values())
+    choice = choice_for_sweep(sweep.metric, sweep.mode, (trial.config for trial in trials), has_labels=labelled)
     steps = [build_schedules(t.config.pretrain, sources[t.config.data].num_samples).total_steps for t in trials]
     runs = [(trial.trial_id, trial.config, count) for trial, count in zip(trials, steps, strict=True)]
     table = CostTable.of(runs, sources, measure_steps=calibrate, write=write)
@@ -76,9 +80,9 @@ def print_sweep(
     each = f"{min(steps):,}" if min(steps) == max(steps) else f"{min(steps):,} to {max(steps):,}"
     lines = {
         "trials": f"{len(trials)} = {number_of(combinations, 'combination')} x {number_of(sweep.seeds, 'seed')}",
-        "compared by": f"{sweep.metric}, {sweep.mode}",
+        "compared by": f"{choice.metric}, {choice.mode}: {choice.why}",
         **({"the paper's": sweep.paper_setting} if sweep.paper_setting else {}),
-        "scheduler": _scheduler(sweep),
+        "scheduler": describe_scheduler(sweep.scheduler, sweep.grace_steps, sweep.reduction_factor, sweep.brackets),
         "launcher": _LAUNCHERS[resolve_launcher(config.cluster, in_sweep=True)],
         "each trial needs": _demand(config),
         "at once": _at_once([trial.config for trial in trials]),
@@ -100,7 +104,8 @@ def _print_cost(
     at_once = _num_at_once(configs)
     _print_table("Cost of a trial", table.rows(at_once, here=here), write)
     expected = share_that_runs(sweep, round(mean_steps))
-    _print_lines("Cost in all", table.lines(at_once, here=here, expected=expected), write)
+    stops = sweep.scheduler != "none"
+    _print_lines("Cost in all", table.lines(at_once, here=here, expected=expected, stops=stops), write)
     _print_problems(table.problems(at_once, here=here), write)
 
 
@@ -223,12 +228,6 @@ def _num_at_once(configs: Sequence[RunConfig]) -> int:
         return configs[0].cluster.max_concurrent_trials or 1
     streams = num_streams(configs) if configs[0].cluster.share_crops else None
     return plan_concurrency(configs[0], Capacity.of_this_machine(), len(configs), streams)
-
-
-def _scheduler(sweep: Sweep) -> str:
-    if sweep.scheduler == "none":
-        return "none: every trial runs to its end"
-    return f"asha: 1 in {sweep.reduction_factor} goes on, first judged after {sweep.grace_steps} steps"
 
 
 def _crops(configs: Sequence[RunConfig]) -> str:

@@ -63,11 +63,13 @@ def _num_evaluations(config: RunConfig, source: Source, steps: int) -> int:
 
 
 def _images_of_evaluation(config: RunConfig, source: Source) -> int:
-    settings = config.pretrain.eval
-    if source.test is None or source.test.labels is None or source.train.labels is None:
-        return 0
-    parts = ((len(source.train), settings.num_gallery), (len(source.test), settings.num_queries))
-    return sum(size if limit is None else min(size, limit) for size, limit in parts)
+    settings, num = config.pretrain.eval, len(source.train)
+    free = min(num, settings.num_label_free)
+    views = min(num, settings.num_lidar_images) * settings.num_lidar_views if free else 0
+    if source.test is None or not source.has_test_labels:
+        return free + views
+    gallery, queries = settings.num_gallery or num, settings.num_queries or len(source.test)
+    return max(free, min(num, gallery)) + min(len(source.test), queries) + views
 
 
 def assumed_rate(config: RunConfig, cost: StepCost, gpu: Gpu) -> Rate | None:

@@ -40,16 +40,21 @@ def changed(**changes: Any) -> RunConfig:
 
 def test_amounts_count_training_and_evaluation() -> None:
     source = open_source(DataConfig())
-    config = changed(pretrain__batch_size=64, pretrain__eval__every_steps=50)
+    config = changed(pretrain__batch_size=64, pretrain__eval__every_steps=50, pretrain__eval__num_lidar_images=10)
+    config = override(config, {"pretrain.eval.num_lidar_views": 4, "pretrain.eval.num_label_free": 100})
     amount = Amount.of(config, source, 200, COST)
     assert amount.images == 200 * 64
     # before step 0, at 50, 100 and 150, and after the last step
-    assert amount.evaluated == 5 * (1438 + 359)
-    assert amount.flops == 200 * 64 * 7e9 + 5 * 1797 * 0.5e9
+    assert amount.evaluated == 5 * (1438 + 359 + 4 * 10)
+    assert amount.flops == 200 * 64 * 7e9 + 5 * 1837 * 0.5e9
     limited = changed(
         pretrain__eval__num_gallery=100, pretrain__eval__num_queries=1000, pretrain__eval__every_steps=None
     )
-    assert Amount.of(limited, source, 200, COST).evaluated == 2 * (100 + 359)
+    assert Amount.of(limited, source, 200, COST).evaluated == 2 * (100 + 359 + 4 * 10)
+    unlabelled = dataclasses.replace(source, test=None)
+    assert Amount.of(limited, unlabelled, 200, COST).evaluated == 2 * (100 + 4 * 10)
+    nothing = override(limited, {"pretrain.eval.num_lidar_images": 0, "pretrain.eval.num_label_free": 0})
+    assert Amount.of(nothing, unlabelled, 200, COST).evaluated == 0
 
 
 def test_an_assumed_rate_is_a_share_of_the_published_peak() -> None:
