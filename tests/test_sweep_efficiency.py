@@ -7,8 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import sweep_efficiency
 from benchmarks.sweep_efficiency import Span, bare_loop, breakdown, read_spans
 from orchestrator.overrides import override
+from orchestrator.records import Ledger
+from orchestrator.run_sweep import SweepResult, _write_plan
+from orchestrator.sweep import Sweep
+from orchestrator.worker import Place, run_worker
 from sweeps.recipes import quickstart
 
 PARTS = {"steps": 18.0, "start": 4.0, "data_wait": 3.0, "evaluation": 2.0, "checkpoint": 1.0, "report": 2.0}
@@ -57,3 +62,39 @@ def test_a_bare_loop_trains() -> None:
     config = override(quickstart(), {"pretrain.batch_size": 4, "pretrain.model.depth": 1})
     short, long = bare_loop(config, 2), bare_loop(config, 30)
     assert 0 < short.cpu_s < long.cpu_s
+
+
+def test_the_whole_comparison_adds_up(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With bare loops and trials in this process: all but Ray."""
+    trained = []
+
+    def run(sweep: Sweep) -> SweepResult:
+        plan = _write_plan(sweep)
+        ledger = Ledger(plan.folder)
+        for trial, record in plan.records.items():
+            ledger.record(record.run_id, "started")
+            run_worker(plan.run_dir(trial), Place("local", "cpu"), report=lambda metrics: None)
+            ledger.record(record.run_id, "finished")
+            trained.append(record.seed)
+        ledger.close()
+        return SweepResult(plan.folder)
+
+    monkeypatch.setattr(sweep_efficiency, "run_sweep", run)
+    monkeypatch.setattr(sweep_efficiency, "bare_loops", lambda pool, config, steps, count: [bare_loop(config, steps)])
+    monkeypatch.setattr(sweep_efficiency, "_PROBED_STEPS", 4)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    tiny = ["pretrain.batch_size=4", "pretrain.model.depth=1", "pretrain.eval.num_gallery=20"]
+    tiny += ["pretrain.eval.num_queries=20", "pretrain.eval.num_label_free=0", "pretrain.eval.num_lidar_images=0"]
+    tiny += ["pretrain.eval.num_pictures=0"]
+    sweep_efficiency.main([*tiny, "--trials", "2", "--at-once", "1", "--seconds", "0.01", "--json"])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert trained == [0, 1]
+    assert result["steps"] == 40
+    assert result["efficiency"] == pytest.approx(result["bare_s"] / result["wall_s"], rel=0.01)
+    assert result["bare_s"] == pytest.approx(2 * sum(result["bare_loops_s"]) / 2, rel=0.1, abs=0.02)
+    assert sum(result["places_s"].values()) == pytest.approx(result["wall_s"], rel=0.02, abs=0.1)
+    assert result["places_s"]["training steps"] > 0
+    assert result["cpu_s"]["driver"] > 0
+    assert not list(tmp_path.iterdir()), "its records are removed"

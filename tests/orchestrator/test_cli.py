@@ -384,7 +384,7 @@ def test_dry_run_of_a_sweep_prints_its_trials(capsys: pytest.CaptureFixture[str]
     assert "images            10,240 in all" in text
     assert "temp_0.04-momentum_0.99-num_local_crops_0-s1" in text
     assert re.search(r"temp_0.04-momentum_0.99-num_local_crops_2-s0 +8 +10 +640 +0.0378 ", text), "8 trials cost that"
-    assert re.search(r"arithmetic +[\d.]+ GFLOP: 10,240 images of training, 57,504 of evaluations\n", text)
+    assert re.search(r"arithmetic +[\d.]+ GFLOP: 10,240 images of training, 73,888 of evaluations\n", text)
     assert re.search(r"pretrain\.teacher\.temp +varies: 0\.04, 0\.07\n", text)
 
 

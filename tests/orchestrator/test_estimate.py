@@ -47,9 +47,8 @@ def test_amounts_count_training_and_evaluation() -> None:
     # before step 0, at 50, 100 and 150, and after the last step
     assert amount.evaluated == 5 * (1438 + 359 + 4 * 10)
     assert amount.flops == 200 * 64 * 7e9 + 5 * 1837 * 0.5e9
-    limited = changed(
-        pretrain__eval__num_gallery=100, pretrain__eval__num_queries=1000, pretrain__eval__every_steps=None
-    )
+    limits = {"num_gallery": 100, "num_queries": 1000, "every_steps": None}
+    limited = override(config, {f"pretrain.eval.{name}": value for name, value in limits.items()})
     assert Amount.of(limited, source, 200, COST).evaluated == 2 * (100 + 359 + 4 * 10)
     unlabelled = dataclasses.replace(source, test=None)
     assert Amount.of(limited, unlabelled, 200, COST).evaluated == 2 * (100 + 4 * 10)
