@@ -114,7 +114,12 @@ _method = click.option(
     help="Turn the recipe into this method (byol, swav, ...), before other changes.",
     shell_complete=lambda _ctx, _param, incomplete: _complete_methods(incomplete),
 )
-_dry_run = click.option("--dry-run", is_flag=True, help="Check everything, print what would run, start nothing.")
+_dry_run = click.option(
+    "--dry-run", is_flag=True, help="Check everything, print what would run and what it costs; start nothing."
+)
+_calibrate = click.option(
+    "--calibrate", is_flag=True, help="With --dry-run: take a few steps here, to measure what is assumed else."
+)
 
 
 @cli.command()
@@ -125,6 +130,7 @@ _dry_run = click.option("--dry-run", is_flag=True, help="Check everything, print
 @click.option("--local", is_flag=True, help="Train in this process, without Ray (short for cluster.launcher=local).")
 @click.option("--resume", "run", metavar="RUN_ID", help="Go on with an earlier run; needs no RECIPE.")
 @_dry_run
+@_calibrate
 def pretrain(
     recipe: str | None,
     settings: tuple[str, ...],
@@ -133,6 +139,7 @@ def pretrain(
     local: bool,
     run: str | None,
     dry_run: bool,
+    calibrate: bool,
 ) -> None:
     """Pre-train a backbone by RECIPE.
 
@@ -140,6 +147,7 @@ def pretrain(
     dino pretrain quickstart
     dino pretrain cifar10_tiny data.source=cifar10.parquet pretrain.epochs=10
     """
+    _check_calibrate(dry_run, calibrate)
     recipe, changes = _name_and_changes(recipe, settings, config_file)
     if local and changes.setdefault("cluster.launcher", "local") != "local":
         raise ConfigError(f"cluster.launcher = {changes['cluster.launcher']}: must be local with --local")
@@ -161,7 +169,7 @@ def pretrain(
     if dry_run:
         from orchestrator.dry_run import print_run
 
-        print_run(config, recipe, click.echo)
+        print_run(config, recipe, click.echo, calibrate=calibrate)
         return
     from orchestrator.pretrain import pretrain as run_pretrain
 
@@ -184,6 +192,7 @@ def pretrain(
 @_method
 @click.option("--resume", "name", metavar="NAME", help="Finish an earlier sweep; its finished trials stay as they are.")
 @_dry_run
+@_calibrate
 def sweep(
     sweep: str | None,
     settings: tuple[str, ...],
@@ -194,6 +203,7 @@ def sweep(
     method: str | None,
     name: str | None,
     dry_run: bool,
+    calibrate: bool,
 ) -> None:
     """Run an ablation and compare its trials.
 
@@ -206,6 +216,7 @@ def sweep(
     dino sweep temperature --base dino_vits16 data.source=/path/to/imagenet
     dino sweep cifar10_tiny --vary pretrain.optim.lr=5e-4,1e-3 --vary pretrain.crops.num_local_crops=2,6 --seeds 3
     """
+    _check_calibrate(dry_run, calibrate)
     sweep, changes = _name_and_changes(sweep, settings, config_file)
     if name is not None:
         given = {"--vary": vary, "--seeds": seeds, "--base": base, "--method": method, "--dry-run": dry_run}
@@ -221,7 +232,7 @@ def sweep(
     if dry_run:
         from orchestrator.dry_run import print_sweep
 
-        print_sweep(defined, trials, click.echo)
+        print_sweep(defined, trials, click.echo, calibrate=calibrate)
         return
     from orchestrator.run_sweep import run_sweep
 
@@ -421,6 +432,11 @@ def _refuse_with_resume(options: dict[str, Any]) -> None:
     wrong = [name for name, value in options.items() if value]
     if wrong:
         raise click.UsageError(f"--resume goes on with what was begun, and cannot be combined with {wrong[0]}.")
+
+
+def _check_calibrate(dry_run: bool, calibrate: bool) -> None:
+    if calibrate and not dry_run:
+        raise click.UsageError("--calibrate measures for --dry-run, and cannot be given without it.")
 
 
 def _compare(

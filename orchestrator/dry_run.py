@@ -1,19 +1,20 @@
-"""What a run or sweep would do, in numbers, without starting anything: its configuration, size and needs.
+"""What a run or sweep would do, in numbers, without starting anything: its configuration, size and cost.
 
-Everything that can be refused is refused before torch is imported; torch then builds each model without memory (on its
-meta device) to count parameters and what autograd would hold.
+Everything that can be refused is refused before torch is imported. What is printed about cost is counted by
+`orchestrator.cost` and turned into hours by `orchestrator.estimate`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from dino_core.config import PretrainConfig
 from dino_core.schedules import build_schedules
 from orchestrator.config import RunConfig
+from orchestrator.cost import MOMENTS, StepCost
+from orchestrator.cost_table import CostTable, bytes_in_words, number_of
 from orchestrator.data.shelf import num_streams
+from orchestrator.estimate import share_that_runs
 from orchestrator.metric_choice import choice_for_sweep
 from orchestrator.overrides import flatten, show
 from orchestrator.preflight import open_sources
@@ -23,12 +24,8 @@ from orchestrator.schedulers import describe_scheduler
 from orchestrator.sweep import Sweep, short_names
 from orchestrator.tracking import Target
 
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-_FLOAT = 4
-_MOMENTS = {"adamw": 2, "sgd": 1, "lars": 1}
-"""Values that the optimiser keeps for each parameter."""
+_MAX_TRIALS_SHOWN = 100
+_MAX_VALUES_SHOWN = 20
 _LAUNCHERS = {
     "local": "local: this process, no Ray",
     "trial": "trial: the Tune trial's own process",
@@ -36,35 +33,16 @@ _LAUNCHERS = {
 }
 
 
-@dataclass(frozen=True)
-class ModelSize:
-    """Parameters of one run, and bytes of memory that one of its workers needs for them and for a step."""
-
-    backbone: int
-    """Parameters of the student's backbone."""
-    head: int
-    """Parameters of the student's head."""
-    weights: int
-    """Bytes: student, its gradients, the optimiser's moments, teacher, queue of negatives."""
-    activations: int
-    """Bytes that autograd holds between the student's forward and backward pass, in fp32."""
-    logits: int
-    """Bytes: logits of student and teacher, their softmax, and the gradient."""
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.activations + self.logits
-
-
-def print_run(config: RunConfig, recipe: str, write: Callable[[str], None] = print) -> None:
-    """Print one run. Raises ConfigError if it cannot run."""
+def print_run(config: RunConfig, recipe: str, write: Callable[[str], None] = print, *, calibrate: bool = False) -> None:
+    """Print one run; `calibrate` takes a few of its steps to know its speed. Raises ConfigError if it cannot run."""
     source = open_sources([config])[config.data]
-    size = measure(config)
+    schedules = build_schedules(config.pretrain, source.num_samples)
+    steps = schedules.total_steps
+    table = CostTable.of([(recipe, config, steps)], {config.data: source}, measure_steps=calibrate, write=write)
     write(f"{recipe}: dry run, nothing is started\n")
     _print_config(config, {}, write)
     launcher = resolve_launcher(config.cluster, in_sweep=False)
-    schedules = build_schedules(config.pretrain, source.num_samples)
-    steps = schedules.total_steps
+    here = _is_here(config)
     lines = {
         "launcher": _LAUNCHERS[launcher],
         "needs": _demand(config),
@@ -72,24 +50,26 @@ def print_run(config: RunConfig, recipe: str, write: Callable[[str], None] = pri
         "steps": f"{steps:,} = {steps / schedules.steps_per_epoch:,.4g} epochs",
         "images": f"{steps * config.pretrain.batch_size:,}, {_crops([config])}",
         "learning rate": f"{schedules.peak_lr:g} at its peak",
-        **_size_lines(config, size),
+        **_size_lines(config, table.largest.cost),
         **_record_lines(config, recipe, recipe),
     }
     _print_lines("Plan", lines, write)
+    write("")
+    _print_lines("Cost", {**_flop_lines(table.largest.cost), **table.lines(1, here=here)}, write)
+    _print_problems(table.problems(1, here=here), write)
 
 
-def print_sweep(sweep: Sweep, trials: Sequence[Trial], write: Callable[[str], None] = print) -> None:
-    """Print a sweep that was expanded. Raises ConfigError if one of its trials cannot run."""
+def print_sweep(
+    sweep: Sweep, trials: Sequence[Trial], write: Callable[[str], None] = print, *, calibrate: bool = False
+) -> None:
+    """Print a sweep that was expanded; `calibrate` as in `print_run`. Raises ConfigError if a trial cannot run."""
     sources = open_sources(trial.config for trial in trials)
     labelled = all(source.has_test_labels for source in sources.values())
     choice = choice_for_sweep(sweep.metric, sweep.mode, (trial.config for trial in trials), has_labels=labelled)
-    sizes: dict[tuple[object, ...], ModelSize] = {}
-    for trial in trials:
-        relevant = _what_counts(trial.config)
-        if relevant not in sizes:
-            sizes[relevant] = measure(trial.config)
-    largest = max(trials, key=lambda trial: sizes[_what_counts(trial.config)].total)
     steps = [build_schedules(t.config.pretrain, sources[t.config.data].num_samples).total_steps for t in trials]
+    runs = [(trial.trial_id, trial.config, count) for trial, count in zip(trials, steps, strict=True)]
+    table = CostTable.of(runs, sources, measure_steps=calibrate, write=write)
+    largest = table.largest
     images = sum(count * t.config.pretrain.batch_size for count, t in zip(steps, trials, strict=True))
     write(f"{sweep.name}: dry run of a sweep, nothing is started\n")
     config = trials[0].config
@@ -99,7 +79,7 @@ def print_sweep(sweep: Sweep, trials: Sequence[Trial], write: Callable[[str], No
     combinations = len(trials) // sweep.seeds
     each = f"{min(steps):,}" if min(steps) == max(steps) else f"{min(steps):,} to {max(steps):,}"
     lines = {
-        "trials": f"{len(trials)} = {_number(combinations, 'combination')} x {_number(sweep.seeds, 'seed')}",
+        "trials": f"{len(trials)} = {number_of(combinations, 'combination')} x {number_of(sweep.seeds, 'seed')}",
         "compared by": f"{choice.metric}, {choice.mode}: {choice.why}",
         **({"the paper's": sweep.paper_setting} if sweep.paper_setting else {}),
         "scheduler": describe_scheduler(sweep.scheduler, sweep.grace_steps, sweep.reduction_factor, sweep.brackets),
@@ -109,79 +89,24 @@ def print_sweep(sweep: Sweep, trials: Sequence[Trial], write: Callable[[str], No
         "data": "; ".join(source.describe() for source in sources.values()),
         "steps": f"{each} per trial, {sum(steps):,} in all",
         "images": f"{images:,} in all, {_crops([trial.config for trial in trials])}",
-        **_size_lines(largest.config, sizes[_what_counts(largest.config)], "largest trial: " if len(sizes) > 1 else ""),
+        **_size_lines(largest.config, largest.cost, f"{largest.name}: " if len(table.kinds) > 1 else ""),
         **_record_lines(config, sweep.name, sweep.name),
     }
     _print_lines("Plan", lines, write)
+    write("")
+    _print_cost(sweep, table, [trial.config for trial in trials], sum(steps) / len(steps), write)
 
 
-def measure(config: RunConfig) -> ModelSize:
-    """Build the run's student on torch's meta device and count. Raises ConfigError if model and crops do not fit."""
-    import torch
-
-    from dino_core.networks import build_student, build_teacher
-
-    pretrain = config.pretrain
-    with torch.device("meta"):
-        student = build_student(pretrain)
-        build_teacher(student, pretrain)
-    backbone, head = (sum(p.numel() for p in part.parameters()) for part in (student.backbone, student.head))
-    everything = sum(p.numel() for p in student.parameters())
-    trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
-    per_worker = pretrain.batch_size // config.cluster.num_workers
-    per_pass = per_worker // pretrain.accumulate_steps
-    num_crops = 2 + pretrain.crops.num_local_crops
-    num_outputs = pretrain.head.num_prototypes or pretrain.head.bottleneck_dim
-    queue = (pretrain.loss.queue_size or 0) * num_outputs
-    compared = 0  # outputs that each output of the student is told from
-    if pretrain.loss.name == "info_nce":
-        compared = pretrain.loss.queue_size or 2 * pretrain.batch_size
-    return ModelSize(
-        backbone=backbone,
-        head=head,
-        weights=_FLOAT * (everything + backbone + head + trained * (1 + _MOMENTS[pretrain.optim.name]) + queue),
-        activations=_held_by_autograd(student, pretrain, per_pass),
-        # student, of one pass: logits, log-softmax, gradient; teacher, of the whole batch: logits, softmax
-        # and for info_nce the similarities, their exponentials and gradient
-        logits=_FLOAT
-        * (num_outputs * (3 * num_crops * per_pass + 2 * 2 * per_worker) + 3 * num_crops * per_pass * compared),
-    )
-
-
-def _held_by_autograd(student: nn.Module, config: PretrainConfig, num_images: int) -> int:
-    """Bytes of the tensors that a forward pass saves for the backward pass, without the parameters themselves."""
-    import torch
-    from torch.multiprocessing.reductions import StorageWeakRef
-
-    from dino_core.networks import CropNetwork
-
-    assert isinstance(student, CropNetwork)
-    saved: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        saved[StorageWeakRef(storage).cdata] = storage.nbytes()
-        return tensor
-
-    crops = config.crops
-    shapes = [(2 * num_images, crops.global_size)]
-    if crops.num_local_crops:
-        shapes.append((crops.num_local_crops * num_images, crops.local_size))
-    groups = [torch.empty(count, 3, size, size, device="meta") for count, size in shapes]
-    student.begin_pass(config.seed, 0, num_images=num_images, share=num_images)
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        outputs = student(groups)
-    parameters = {StorageWeakRef(p.untyped_storage()).cdata for p in student.parameters()}
-    del outputs  # everything saved is alive until here, so that no storage was counted under the name of another
-    return sum(size for storage, size in saved.items() if storage not in parameters)
-
-
-def _what_counts(config: RunConfig) -> tuple[object, ...]:
-    """A key under which runs with models and steps of one size are measured once."""
-    pretrain, crops = config.pretrain, config.pretrain.crops
-    sizes = (pretrain.batch_size, pretrain.accumulate_steps, pretrain.loss.queue_size, pretrain.optim.name)
-    shapes = (crops.num_local_crops, crops.global_size, crops.local_size)
-    return (pretrain.model, pretrain.head, pretrain.predictor, *sizes, *shapes)
+def _print_cost(
+    sweep: Sweep, table: CostTable, configs: Sequence[RunConfig], mean_steps: float, write: Callable[[str], None]
+) -> None:
+    here = _is_here(table.config)
+    at_once = _num_at_once(configs)
+    _print_table("Cost of a trial", table.rows(at_once, here=here), write)
+    expected = share_that_runs(sweep, round(mean_steps))
+    stops = sweep.scheduler != "none"
+    _print_lines("Cost in all", table.lines(at_once, here=here, expected=expected, stops=stops), write)
+    _print_problems(table.problems(at_once, here=here), write)
 
 
 def _print_config(config: RunConfig, space: Mapping[str, Sequence[Any]], write: Callable[[str], None]) -> None:
@@ -189,11 +114,16 @@ def _print_config(config: RunConfig, space: Mapping[str, Sequence[Any]], write: 
     width = max(map(len, flat))
     write("Configuration")
     for key, value in flat.items():
-        shown = (
-            "varies: " + ", ".join(map(show_value, space[key])) if len(space.get(key, ())) > 1 else show_value(value)
-        )
+        varied = space.get(key, ())
+        shown = "varies: " + _values_in_words(varied) if len(varied) > 1 else show_value(value)
         write(f"  {key:<{width}}  {shown}")
     write("")
+
+
+def _values_in_words(values: Sequence[Any]) -> str:
+    shown = ", ".join(map(show_value, values[:_MAX_VALUES_SHOWN]))
+    left_out = len(values) - _MAX_VALUES_SHOWN
+    return f"{shown} and {left_out} more" if left_out > 0 else shown
 
 
 def _varied(sweep: Sweep, trials: Sequence[Trial]) -> dict[str, list[Any]]:
@@ -225,11 +155,26 @@ def _print_trials(sweep: Sweep, trials: Sequence[Trial], write: Callable[[str], 
     names = short_names(list(sweep.space))
     rows = [["trial", *names.values(), "seed"]]
     rows += [[t.trial_id, *(show_value(t.changes[key]) for key in names), str(t.seed)] for t in trials]
+    left_out = len(trials) - _MAX_TRIALS_SHOWN
+    if left_out > 1:
+        half = _MAX_TRIALS_SHOWN // 2
+        rows[1 + half : -half] = [[f"... and {left_out} more", *[""] * (len(rows[0]) - 1)]]
+    _print_table("Trials", rows, write)
+
+
+def _print_table(title: str, rows: Sequence[Sequence[str]], write: Callable[[str], None]) -> None:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    write("Trials")
+    write(title)
     for row in rows:
         write("  " + "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
     write("")
+
+
+def _print_problems(problems: Sequence[str], write: Callable[[str], None]) -> None:
+    if problems:
+        write("\nWill not fit")
+        for problem in problems:
+            write(f"  {problem}")
 
 
 def _print_lines(title: str, lines: Mapping[str, str], write: Callable[[str], None]) -> None:
@@ -250,10 +195,10 @@ def show_value(value: Any) -> str:
 
 def _demand(config: RunConfig) -> str:
     demand = Demand.of(config)
-    gpus = _number(demand.gpus, "GPU") if demand.gpus else "no GPU"
+    gpus = number_of(demand.gpus, "GPU") if demand.gpus else "no GPU"
     return (
-        f"{_number(demand.workers, 'worker')}: {_number(demand.cpus, 'CPU')} and {gpus}; "
-        f"{_number(demand.data_cpus, 'CPU')} for the data"
+        f"{number_of(demand.workers, 'worker')}: {number_of(demand.cpus, 'CPU')} and {gpus}; "
+        f"{number_of(demand.data_cpus, 'CPU')} for the data"
     )
 
 
@@ -267,9 +212,22 @@ def _at_once(trials: Sequence[RunConfig]) -> str:
     streams = num_streams(trials) if config.cluster.share_crops else None
     count = plan_concurrency(config, here, len(trials), streams)
     demand = Demand.of(config)
-    gpus = f" and {_number(count * demand.gpus, 'GPU')}" if demand.gpus else ""
+    gpus = f" and {number_of(count * demand.gpus, 'GPU')}" if demand.gpus else ""
     cpus = count * demand.cpus + min(count, streams or count) * demand.data_cpus
-    return f"{_number(count, 'trial')} on this machine, {cpus} of {here.cpus:g} CPUs{gpus}"
+    return f"{number_of(count, 'trial')} on this machine, {cpus} of {here.cpus:g} CPUs{gpus}"
+
+
+def _is_here(config: RunConfig) -> bool:
+    """Whether it runs on this machine, alone or by a Ray that is started here."""
+    return config.cluster.launcher == "local" or cluster_address(config.cluster) is None
+
+
+def _num_at_once(configs: Sequence[RunConfig]) -> int:
+    """Trials that run at once on this machine; on a cluster that is not asked before the start, the most allowed."""
+    if not _is_here(configs[0]):
+        return configs[0].cluster.max_concurrent_trials or 1
+    streams = num_streams(configs) if configs[0].cluster.share_crops else None
+    return plan_concurrency(configs[0], Capacity.of_this_machine(), len(configs), streams)
 
 
 def _crops(configs: Sequence[RunConfig]) -> str:
@@ -278,16 +236,23 @@ def _crops(configs: Sequence[RunConfig]) -> str:
     return f"each as 2 global{f' and {shown} local' if counts[-1] else ''} crops"
 
 
-def _size_lines(config: RunConfig, size: ModelSize, which: str = "") -> dict[str, str]:
-    moments = _MOMENTS[config.pretrain.optim.name]
+def _flop_lines(cost: StepCost) -> dict[str, str]:
+    flops = cost.flops
+    parts = (("teacher", flops.teacher), ("student", flops.student), ("backward", flops.backward))
+    shown = ", ".join(f"{name} {value / 1e9:,.4g}" for name, value in parts)
+    return {"each image": f"{flops.total / 1e9:,.4g} GFLOP: {shown}"}
+
+
+def _size_lines(config: RunConfig, size: StepCost, which: str = "") -> dict[str, str]:
+    moments = MOMENTS[config.pretrain.optim.name]
     share = config.pretrain.batch_size // config.cluster.num_workers
     held = "in fp32, at most" if config.pretrain.precision == "fp32" else "counted in fp32, so less with bf16"
     return {
         "parameters": f"{which}backbone {_count(size.backbone)} + head {_count(size.head)}, student and teacher each",
-        "memory": f"{which}about {_bytes(size.total)} per worker for a step of {share} images:",
-        "  weights": f"{_bytes(size.weights)}  student, gradients, {moments} optimiser moments, teacher, queue if any",
-        "  activations": f"{_bytes(size.activations)}  kept for the backward pass, {held} (attention unfused)",
-        "  logits": f"{_bytes(size.logits)}  of all crops, their softmax and gradient",
+        "memory": f"{which}about {bytes_in_words(size.total)} per worker for a step of {share} images:",
+        "  weights": f"{bytes_in_words(size.weights)}  student, gradients, {moments} optimiser moments, teacher, queue",
+        "  activations": f"{bytes_in_words(size.activations)}  kept for the backward pass, {held} (attention unfused)",
+        "  logits": f"{bytes_in_words(size.logits)}  of all crops, their softmax and gradient",
         "  not included": "Python, torch, CUDA and Ray themselves (1 to 2.5 GB per process), and images in Ray's store",
     }
 
@@ -299,13 +264,5 @@ def _record_lines(config: RunConfig, name: str, experiment: str) -> dict[str, st
     }
 
 
-def _number(count: int, thing: str) -> str:
-    return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
-
-
 def _count(number: int) -> str:
     return f"{number / 1e6:.2f} M"
-
-
-def _bytes(number: int) -> str:
-    return f"{number / 1e9:.2f} GB" if number >= 1e8 else f"{number / 1e6:.1f} MB"

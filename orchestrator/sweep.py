@@ -41,7 +41,7 @@ METRICS = (
     *(f"train/{name}" for name in ("loss", "teacher_entropy", "kl", "grad_norm", "feature_std", "images_per_s")),
     *(f"train/{name}" for name in ("lr", "weight_decay", "teacher_momentum", "teacher_temp", "epoch")),
     *(f"train/{name}" for name in ("feature_rank", "target_std", "loss_below_uniform", "prototype_usage")),
-    *("train/center_norm", "train/loss_scale", "train/data_wait_share"),
+    *("train/center_norm", "train/loss_scale", "train/data_wait_share", "cost/device_hours"),
 )
 """What a run logs, and so what trials can be compared by."""
 

@@ -28,6 +28,7 @@ PAPER = "paper"
 _TITLES = {
     KNN_METRIC: "k-NN %",
     "eval/linear_top1": "linear %",
+    "cost/device_hours": "GPU-hours or core-hours",
     "cost/hours": "hours",
     "cost/gpu_memory_gb": "GB per GPU",
 }

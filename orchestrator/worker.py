@@ -8,6 +8,7 @@ are imported inside the functions: Tune loads this module in processes that neve
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass
@@ -17,8 +18,10 @@ from typing import TYPE_CHECKING, TypeVar
 from dino_core.config import ConfigError
 from orchestrator.config import Launcher, RunConfig
 from orchestrator.errors import RunFailed
+from orchestrator.estimate import num_devices
 from orchestrator.overrides import override
 from orchestrator.records import CHECKPOINTS_DIR, RUN_FILE, Journal, RunRecord, read_curves, write_json
+from orchestrator.run_clock import RunClock
 from orchestrator.stoppers import STOPPED_FILE, Collapsed, CollapseStopper, first_judged_step, stop_of
 
 if TYPE_CHECKING:
@@ -67,6 +70,7 @@ def run_worker(run_dir: Path, place: Place, report: Report) -> None:
         FileNotFoundError: The run folder is not visible on this machine.
         Exception: With several workers, any failure: the others may wait for this one, and the launcher must end them.
     """
+    began = time.perf_counter()
     import torch
 
     from dino_core.checkpoint import CheckpointError
@@ -82,7 +86,7 @@ def run_worker(run_dir: Path, place: Place, report: Report) -> None:
     config = override(RunConfig(), RunRecord.read(run_dir).config)
     torch.set_num_threads(config.cluster.cpus_per_worker)
     try:
-        _train(run_dir, config, place, report)
+        _train(run_dir, config, place, report, began)
     except (
         *(ConfigError, RunFailed, NonFiniteLossError, CheckpointError),
         *(TooManyBadSamples, torch.OutOfMemoryError, MemoryError),
@@ -97,7 +101,7 @@ def run_worker(run_dir: Path, place: Place, report: Report) -> None:
             raise
 
 
-def _train(run_dir: Path, config: RunConfig, place: Place, report: Report) -> None:
+def _train(run_dir: Path, config: RunConfig, place: Place, report: Report, began: float) -> None:
     from dino_core.checkpoint import latest_checkpoint, load_checkpoint, prune_checkpoints, save_checkpoint
     from dino_core.crops import MultiCrop
     from dino_core.train import TrainState, train
@@ -119,6 +123,7 @@ def _train(run_dir: Path, config: RunConfig, place: Place, report: Report) -> No
         load_checkpoint(state, newest)
     crops = MultiCrop(pretrain.crops, pretrain.seed)
     bad = BadSampleLog(run_dir, source.train, config.data)
+    clock = RunClock(run_dir if place.rank == 0 else None, num_devices(config), began)
     journal = Journal(run_dir) if place.rank == 0 else None
     stopper = None
     if record.stop_collapsed:
@@ -127,29 +132,35 @@ def _train(run_dir: Path, config: RunConfig, place: Place, report: Report) -> No
 
     def on_log(step: int, metrics: dict[str, float]) -> None:
         num_bad = bad.check()
+        metrics = metrics | clock.device_hours()
         if num_bad:
             metrics = {**metrics, "data/unreadable_images": num_bad}
         if journal is not None:
             journal.log(step, metrics)
         latest.update(metrics)
-        report({**latest, "step": step, "total_steps": state.schedules.total_steps})
+        with clock.during("report"):
+            report({**latest, "step": step, "total_steps": state.schedules.total_steps})
         if stopper is not None:
             found = _same_on_all_ranks(stopper.observe(step, metrics), place)
             if found is not None:
                 raise Collapsed(step, found)
 
     def on_checkpoint(state: TrainState) -> None:
-        save_checkpoint(state, checkpoints)
-        if place.rank == 0:
-            prune_checkpoints(checkpoints, config.cluster.keep_checkpoints)
+        with clock.during("checkpoint"):
+            save_checkpoint(state, checkpoints)
+            if place.rank == 0:
+                prune_checkpoints(checkpoints, config.cluster.keep_checkpoints)
 
     try:
         with closing(_batches(config, source, loader, crops, state, place)) as batches:
-            finished = (crops.finish(bad.note(batch), place.device) for batch in batches)
+            finished = (crops.finish(bad.note(batch), place.device) for batch in clock.waiting_for(batches))
             evaluate = make_evaluate(config, source, digest)
             if pretrain.eval.num_pictures:
                 pictures = Pictures(config, source, loader, run_dir) if place.rank == 0 else None
                 evaluate = _with_pictures(evaluate, pictures)
+            if evaluate is not None:
+                evaluate = _timed(evaluate, clock)
+            clock.started()
             train(state, finished, on_log=on_log, on_checkpoint=on_checkpoint, evaluate=evaluate)
             if evaluate is None:  # else the last evaluation told that the run is complete
                 report({**latest, "step": state.step, "total_steps": state.schedules.total_steps})
@@ -159,6 +170,17 @@ def _train(run_dir: Path, config: RunConfig, place: Place, report: Report) -> No
     finally:
         if journal is not None:
             journal.close()
+
+
+def _timed(evaluate: Evaluate, clock: RunClock) -> Evaluate:
+    """An evaluation that also says where the time of the run went, its own included."""
+
+    def timed(state: TrainState) -> dict[str, float]:
+        with clock.during("evaluation"):
+            metrics = evaluate(state)
+        return metrics | clock.parts()
+
+    return timed
 
 
 def _with_pictures(evaluate: Evaluate | None, pictures: Pictures | None) -> Evaluate:

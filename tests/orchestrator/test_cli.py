@@ -58,6 +58,8 @@ BAD_INPUT = [
     (["pretrain", "quikstart"], "error: unknown recipe 'quikstart'; did you mean quickstart?"),
     (["pretrain", "--resume", "nowhere"], "error: no run 'nowhere' in"),
     (["pretrain", "--resume", "nowhere", "--dry-run"], "cannot be combined with --dry-run"),
+    ([*Q, "--calibrate"], "--calibrate measures for --dry-run, and cannot be given without it"),
+    ([*SQ, "--calibrate"], "--calibrate measures for --dry-run, and cannot be given without it"),
     ([*Q, "--method", "byoll"], "error: unknown method 'byoll'; did you mean byol?"),
     (
         ["pretrain", "cifar10_simclr", "--method", "swav"],
@@ -367,6 +369,9 @@ def test_dry_run_prints_the_whole_config_and_what_it_needs(capsys: pytest.Captur
     assert ["pretrain.steps", "11"] in lines
     assert "2 workers: 2 CPUs and no GPU" in text
     assert "704, each as 2 global and 2 local crops" in text
+    assert re.search(r"each image +0\.0378 GFLOP: teacher 0\.007636, student 0\.01014, backward 0\.02003\n", text)
+    assert re.search(r"core-hours +not known before they are measured: --calibrate", text)
+    assert "Will not fit" not in text
     assert [path.name for path in tmp_path.iterdir()] == ["EMPTY"]
 
 
@@ -378,6 +383,8 @@ def test_dry_run_of_a_sweep_prints_its_trials(capsys: pytest.CaptureFixture[str]
     assert "steps             10 per trial, 160 in all" in text
     assert "images            10,240 in all" in text
     assert "temp_0.04-momentum_0.99-num_local_crops_0-s1" in text
+    assert re.search(r"temp_0.04-momentum_0.99-num_local_crops_2-s0 +8 +10 +640 +0.0378 ", text), "8 trials cost that"
+    assert re.search(r"arithmetic +[\d.]+ GFLOP: 10,240 images of training, 73,888 of evaluations\n", text)
     assert re.search(r"pretrain\.teacher\.temp +varies: 0\.04, 0\.07\n", text)
 
 
@@ -390,6 +397,29 @@ def test_dry_run_of_a_sweep_of_rows_says_what_each_sets(capsys: pytest.CaptureFi
     assert "trials            8 = 4 combinations x 2 seeds" in text
     assert "the paper's       ImageNet-1k, ViT-S/16, 300 epochs on 16 GPUs" in text
     assert re.search(r"pretrain\.crops\.num_local_crops +varies: 0, 2, 6, 10\n", text)
+
+
+def test_a_dry_run_can_measure(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    arguments = ["pretrain.batch_size=8", "sweep.scheduler=asha", "sweep.grace_steps=125", "sweep.reduction_factor=2"]
+    assert cli.main([*SQ, *arguments, "--dry-run", "--calibrate"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("measuring a few steps of temp_0.04-momentum_0.99-s0 ...\n")
+    (row,) = [line.split() for line in text.splitlines() if line.split()[:2] == ["temp_0.04-momentum_0.99-s0", "4"]]
+    assert float(row[-2]) > 0 and row[-1] == "measured"
+    assert re.search(r"core-hours +at most [\d.e-]+, measured here on 1 kind of run\n", text)
+    assert re.search(r"wall time +at most .* with 2 trials at once\n", text)
+    # all take 125 of 500 steps, a half 125 more, a quarter the other 250
+    assert "about 50 % of that, as trials are stopped early" in text
+    assert [path.name for path in tmp_path.iterdir()] == ["EMPTY"], "nothing is written"
+
+
+def test_a_thousand_trials_are_told_in_few_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    rates = ",".join(str(rate) for rate in range(1, 251))
+    assert cli.main([*SQ, "--vary", f"pretrain.optim.lr={rates}", "pretrain.steps=10", "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "  ... and 900 more" in lines
+    assert len(lines) < 300
+    assert max(map(len, lines)) < 200
 
 
 # --- completion -------------------------------------------------------------------------------------------------------

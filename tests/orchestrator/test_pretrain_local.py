@@ -173,7 +173,8 @@ def journal_points(folder: Path) -> list[tuple[int, str]]:
 def computed(folder: Path) -> dict[str, list[tuple[int, float]]]:
     """All curves but those that depend on the clock."""
     clock = ("train/images_per_s", "train/data_wait_share")
-    return {name: curve for name, curve in read_curves(folder).items() if name not in clock}
+    curves = read_curves(folder).items()
+    return {name: curve for name, curve in curves if name not in clock and not name.startswith(("cost/", "time/"))}
 
 
 def final_sums(folder: Path) -> list[str]:

@@ -1,0 +1,193 @@
+"""What a training step costs, counted before anything runs: parameters, memory and floating-point operations.
+
+torch builds student, teacher and objective without memory (on its meta device), and one forward and backward pass over
+them is counted, so whatever timm can build can be counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from dino_core.config import PretrainConfig
+from orchestrator.config import RunConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dino_core.networks import CropNetwork
+    from dino_core.objectives import Objective
+
+MOMENTS = {"adamw": 2, "sgd": 1, "lars": 1}
+"""Values that the optimiser keeps for each parameter."""
+
+_FLOAT = 4
+_TEMP = 0.04  # of a teacher that is only counted
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating-point operations for one image of the batch: 2 for each multiplication with its addition.
+
+    Of matrix products, convolutions and attention alone, as is the custom; memory limits the rest, not arithmetic."""
+
+    teacher: float
+    """Forward pass of the teacher over the global crops, and the targets."""
+    student: float
+    """Forward pass of the student over all crops, and the loss."""
+    backward: float
+    """Its backward pass: twice the forward less the gradient of the pixels, and what is computed again where
+    `activation_checkpointing` is on."""
+    backbone: float
+    """Forward pass of the backbone over one global crop: an image of an evaluation."""
+
+    @property
+    def total(self) -> float:
+        """Of a training step, for each image."""
+        return self.teacher + self.student + self.backward
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Parameters and arithmetic of one run, and bytes of memory that one of its workers needs for a step."""
+
+    backbone: int
+    """Parameters of the student's backbone."""
+    head: int
+    """Parameters of the student's head."""
+    weights: int
+    """Bytes: student, its gradients, the optimiser's moments, teacher, queue of negatives."""
+    activations: int
+    """Bytes that autograd holds between the student's forward and backward pass, in fp32."""
+    logits: int
+    """Bytes: logits of student and teacher, their softmax, and the gradient."""
+    checkpoint: int
+    """Bytes of one checkpoint on disk: `weights` without the gradients."""
+    flops: Flops
+    """For one image."""
+
+    @property
+    def total(self) -> int:
+        """Bytes of memory."""
+        return self.weights + self.activations + self.logits
+
+
+def cost_key(config: RunConfig) -> tuple[object, ...]:
+    """Equal for runs whose steps cost the same."""
+    pretrain, crops = config.pretrain, config.pretrain.crops
+    sizes = (pretrain.batch_size, pretrain.accumulate_steps, pretrain.loss, pretrain.optim.name, pretrain.precision)
+    shapes = (crops.num_local_crops, crops.global_size, crops.local_size, config.cluster.num_workers)
+    return (pretrain.model, pretrain.head, pretrain.predictor, pretrain.teacher.stop_gradient, *sizes, *shapes)
+
+
+def measure(config: RunConfig) -> StepCost:
+    """Build the run's networks on torch's meta device and count. Raises ConfigError if model and crops do not fit."""
+    import torch
+
+    from dino_core.networks import build_student, build_teacher
+    from dino_core.objectives import Objective
+
+    pretrain = config.pretrain
+    with torch.device("meta"):
+        student = build_student(pretrain)
+        teacher = build_teacher(student, pretrain)
+        objective = Objective(student.head.out_dim, pretrain)
+    backbone, head = (sum(p.numel() for p in part.parameters()) for part in (student.backbone, student.head))
+    everything = sum(p.numel() for p in student.parameters())
+    trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    per_worker = pretrain.batch_size // config.cluster.num_workers
+    per_pass = per_worker // pretrain.accumulate_steps
+    num_crops = 2 + pretrain.crops.num_local_crops
+    num_outputs = pretrain.head.num_prototypes or pretrain.head.bottleneck_dim
+    queue = (pretrain.loss.queue_size or 0) * num_outputs
+    compared = 0  # outputs that each output of the student is told from
+    if pretrain.loss.name == "info_nce":
+        compared = pretrain.loss.queue_size or 2 * pretrain.batch_size
+    activations, flops = _one_step(student, teacher, objective, pretrain, per_pass)
+    kept = everything + backbone + head + trained * MOMENTS[pretrain.optim.name] + queue
+    return StepCost(
+        backbone=backbone,
+        head=head,
+        weights=_FLOAT * (kept + trained),
+        activations=activations,
+        # student, of one pass: logits, log-softmax, gradient; teacher, of the whole batch: logits, softmax
+        # and for info_nce the similarities, their exponentials and gradient
+        logits=_FLOAT
+        * (num_outputs * (3 * num_crops * per_pass + 2 * 2 * per_worker) + 3 * num_crops * per_pass * compared),
+        checkpoint=_FLOAT * kept,
+        flops=flops,
+    )
+
+
+def _one_step(
+    student: CropNetwork, teacher: CropNetwork, objective: Objective, config: PretrainConfig, num_images: int
+) -> tuple[int, Flops]:
+    """Of a step over so many images: bytes of the tensors that the forward pass saves for the backward pass, without
+    the parameters themselves, and the operations for each image."""
+    import torch
+    from torch.multiprocessing.reductions import StorageWeakRef
+
+    from dino_core.stochastic_depth import remove_stochastic_depth
+
+    saved: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        saved[StorageWeakRef(storage).cdata] = storage.nbytes()
+        return tensor
+
+    crops = config.crops
+    shapes = [(2 * num_images, crops.global_size)]
+    if crops.num_local_crops:
+        shapes.append((crops.num_local_crops * num_images, crops.local_size))
+    groups = [torch.empty(count, 3, size, size, device="meta") for count, size in shapes]
+    parameters = {StorageWeakRef(p.untyped_storage()).cdata for p in student.parameters()}
+
+    def look_at() -> None:
+        with torch.no_grad():
+            teacher.backbone(groups[0])
+
+    def aim() -> None:
+        if config.teacher.stop_gradient:
+            with torch.no_grad():
+                outputs = teacher.head(teacher.features(groups[:1])).unflatten(0, (-1, num_images))
+                targets.append(objective.targets(outputs, _TEMP))
+
+    def compare() -> None:
+        outputs = made[0].unflatten(0, (-1, num_images))
+        two_sided = not config.teacher.stop_gradient
+        loss = objective(outputs, outputs[:2], _TEMP).loss if two_sided else objective.loss(outputs, targets[0])
+        losses.append(loss)
+
+    def forward() -> None:
+        student.begin_pass(config.seed, 0, num_images=num_images, share=num_images)
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            made.append(student(groups)[0])
+
+    made: list[Tensor] = []
+    losses: list[Tensor] = []
+    targets: list[Any] = []
+    backbone, of_teacher, of_student = _count(look_at), _count(aim), _count(forward)
+    # everything saved is alive until here, so that no storage was counted under the name of another
+    activations = sum(size for storage, size in saved.items() if storage not in parameters)
+    if config.model.activation_checkpointing:  # what is computed again would look for the masks of its own pass
+        remove_stochastic_depth(student.backbone)
+        made[:] = [student(groups)[0]]
+    of_loss = _count(compare)
+    backward = _count(losses[0].backward)
+    return activations, Flops(
+        teacher=of_teacher / num_images,
+        student=(of_student + of_loss) / num_images,
+        backward=backward / num_images,
+        backbone=backbone / (2 * num_images),
+    )
+
+
+def _count(run: Callable[[], object]) -> int:
+    """Floating-point operations of what it runs."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
