@@ -28,7 +28,7 @@ BASE = "base"
 """Name of the row, or of the trials, that a sweep varies around."""
 BEST = "best"
 """As a reference, the configuration that is ranked first."""
-_EARLY = ("running", "stopped", "failed", "interrupted")
+_EARLY = ("running", "stopped", "interrupted")
 _UNSEEN_PREFIXES = ("tracking.", "derived/", "paper/")
 _UNSEEN_KEYS = frozenset(
     f"cluster.{name}"
@@ -319,7 +319,8 @@ def differing_keys(trials: Sequence[TrialSummary]) -> tuple[str, ...]:
 def _row(trial: TrialSummary, keys: Sequence[str], metric: str) -> Row:
     curve = trial.curves.get(metric, [])
     step, value = curve[-1] if curve else (None, None)
-    finite = value if value is not None and math.isfinite(value) else None
+    # What a trial had reached before it ran out of memory or diverged is no result.
+    finite = value if value is not None and math.isfinite(value) and trial.status != "failed" else None
     return Row(None, trial, {key: trial.params.get(key, "") for key in keys}, finite, step, trial.at(metric, 0))
 
 

@@ -241,7 +241,7 @@ def test_trials_that_did_not_reach_their_end_are_told() -> None:
     rows = trials(t0="base")
     assert compare(rows).early_note == ""
     rows[0] = dataclasses.replace(rows[0], status="stopped")
-    rows[5] = dataclasses.replace(rows[5], status="failed")
+    rows[5] = dataclasses.replace(rows[5], status="interrupted")
     rows[6] = dataclasses.replace(rows[6], status="failed", curves={})
     text = render(compare(rows), "table")
-    assert "2 of 16 trials count with their last value before the end (failed, stopped)." in text
+    assert "2 of 16 trials count with their last value before the end (interrupted, stopped)." in text
