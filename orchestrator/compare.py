@@ -28,6 +28,7 @@ BASE = "base"
 """Name of the row, or of the trials, that a sweep varies around."""
 BEST = "best"
 """As a reference, the configuration that is ranked first."""
+_EARLY = ("running", "stopped", "interrupted")
 _UNSEEN_PREFIXES = ("tracking.", "derived/", "paper/")
 _UNSEEN_KEYS = frozenset(
     f"cluster.{name}"
@@ -142,7 +143,16 @@ class Comparison:
     def notes(self) -> tuple[str, ...]:
         """What a reader must know of the numbers, each in a line."""
         why = f"Ranked by {self.metric}: {self.why}." if self.why else ""
-        return tuple(filter(None, (why, self.reference_note, self.paper_note)))
+        return tuple(filter(None, (why, self.reference_note, self.early_note, self.paper_note)))
+
+    @property
+    def early_note(self) -> str:
+        """That trials which did not reach their end count with what they had; empty where there are none."""
+        early = [row.trial.status for row in self.rows if row.value is not None and row.trial.status in _EARLY]
+        statuses = ", ".join(dict.fromkeys(early))
+        if not early:
+            return ""
+        return f"{len(early)} of {len(self.rows)} trials count with their last value before the end ({statuses})."
 
     @property
     def reference_note(self) -> str:

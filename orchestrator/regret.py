@@ -39,11 +39,13 @@ def preference(score: str, value: float) -> float:
 
 
 def regrets(comparison: Comparison) -> tuple[Regret, ...]:
-    """Each label-free score that at least two trials logged beside k-NN, by their last finite values of both."""
+    """Each label-free score that at least two trials logged beside k-NN, by their last finite values of both.
+
+    Failed trials do not count."""
     found = []
     for score in LABEL_FREE:
         points = []
-        for row in comparison.rows:
+        for row in (row for row in comparison.rows if row.trial.status != "failed"):
             value, knn = row.trial.last(score), row.trial.last(KNN_METRIC)
             if value is not None and knn is not None and math.isfinite(value) and math.isfinite(knn):
                 points.append((preference(score, value), knn, row))

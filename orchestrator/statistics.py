@@ -45,8 +45,8 @@ Verdict = Literal["better", "worse", "not resolved"]
 POWER = 0.8
 """Of the number of seeds that would resolve a difference."""
 NUM_DRAWS = 9999
-_MAX_WORK = 30_000_000
-"""Draws x pairs x seeds of the comparison of all pairs, which gets fewer draws, but 999, where there are many."""
+_MAX_WORK = 10_000_000
+"""Draws x pairs x seeds of the comparison of all pairs, which gets fewer draws, at least 499, where there are many."""
 _SEED = 20
 _CHUNK = 2_000_000
 """Numbers drawn at a time, which bounds the memory."""
@@ -111,7 +111,7 @@ def paired_differences(
     design = _Design(known, chosen)
     num_pairs = len(compared) * (len(compared) - 1) // 2 if chosen else len(compared) - 1
     if chosen:
-        num_draws = min(num_draws, max(999, _MAX_WORK // (num_pairs * len(seeds))))
+        num_draws = min(num_draws, max(499, _MAX_WORK // (num_pairs * len(seeds))))
     means, own = (array[0] for array in design.differences(table[None], 0))
     pooled = design.pooled(table[None])[0]
     variances = np.maximum(own, pooled)

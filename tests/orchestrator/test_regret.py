@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -56,6 +57,7 @@ def test_trials_without_both_do_not_count() -> None:
         trial("b", knn_top1=71.0),
         trial("c", rankme=9.0),
         trial("d", knn_top1=math.nan, rankme=9.0),
+        dataclasses.replace(trial("e", knn_top1=90.0, rankme=9.0), status="failed"),
     ]
     assert regrets(compare(trials)) == ()
     assert "Choosing without labels" not in render(compare(trials), "table")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import math
 from collections.abc import Mapping, Sequence
@@ -234,3 +235,13 @@ def test_seeds_that_differ_in_number_are_told() -> None:
     assert "(3 to 4 each)" in comparison.reference_note
     assert [len(group.values) for group in comparison.groups] == [4, 4, 4, 3]
     assert len(trial_table(comparison).rows) == 15
+
+
+def test_trials_that_did_not_reach_their_end_are_told() -> None:
+    rows = trials(t0="base")
+    assert compare(rows).early_note == ""
+    rows[0] = dataclasses.replace(rows[0], status="stopped")
+    rows[5] = dataclasses.replace(rows[5], status="interrupted")
+    rows[6] = dataclasses.replace(rows[6], status="failed", curves={})
+    text = render(compare(rows), "table")
+    assert "2 of 16 trials count with their last value before the end (interrupted, stopped)." in text
