@@ -248,7 +248,12 @@ def compare(
 
     from orchestrator.compare import compare as compare_trials
     from orchestrator.compare import render, rich_tables
-    from orchestrator.metric_choice import choice_for_trials, label_free_agreement, resolve_metric
+    from orchestrator.metric_choice import (
+        choice_for_trials,
+        comparison_caution,
+        label_free_agreement,
+        resolve_metric,
+    )
     from orchestrator.trials import CompareError
 
     try:
@@ -259,7 +264,8 @@ def compare(
         comparison = compare_trials(trials, choice.metric, choice.mode)
     except CompareError as error:
         raise ConfigError(str(error)) from error
-    notes = [choice.sentence, *(found.sentence for found in label_free_agreement(trials))]
+    notes = [choice.sentence, *comparison_caution(choice.metric, trials)]
+    notes += [found.sentence for found in label_free_agreement(trials)]
     if form == "table" and output is None and sys.stdout.isatty():
         from rich.console import Console
 

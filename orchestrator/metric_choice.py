@@ -136,27 +136,36 @@ def metric_problems(metric: str | None, mode: Mode | None) -> list[str]:
 
 def comparison_problems(metric: str | None, configs: Sequence[RunConfig]) -> list[str]:
     """Why trials of these configurations cannot be ranked by a metric: it would rank the settings' own scale."""
-    if metric in _OF_THE_TARGETS:
-        keys = (*_MAKE_THE_TARGETS, *(f"pretrain.crops.{name}" for name in _MAKE_THE_VIEWS))
-        reason = (
-            "makes the targets that it measures: a smaller value says that they are easier to meet, not that the "
-            "features are better"
-        )
-        instead = f"{KNN} or, without labels, {RANKME}"
-    elif metric == LIDAR:
-        keys = tuple(f"pretrain.crops.{name}" for name in _MAKE_THE_VIEWS)
-        reason = "makes the views whose spread it measures: milder ones give a higher value to the same features"
-        instead = f"{KNN} or, without labels, {RANKME}"
-    else:
-        return []
+    keys, reason = _scale_of(metric)
     varied = [key for key in keys if len({_value(config, key) for config in configs}) > 1]
     if not varied:
         return []
-    verb = "makes" if len(varied) == 1 else "make"
     return [
-        f"sweep.metric = {metric}: cannot compare trials with different {_enumerate(varied)}, which "
-        f"{verb}{reason.removeprefix('makes')}; must be {instead}, or none to have it chosen"
+        f"sweep.metric = {metric}: cannot compare trials with different {_enumerate(varied)}, which {reason}; must be "
+        f"{KNN} or, without labels, {RANKME}, or none to have it chosen"
     ]
+
+
+def comparison_caution(metric: str, trials: Sequence[TrialSummary]) -> list[str]:
+    """The same of recorded trials, for people who ask for such a ranking all the same: a sentence, or nothing."""
+    keys, reason = _scale_of(metric)
+    varied = [key for key in keys if len({trial.params.get(key) for trial in trials}) > 1]
+    if not varied:
+        return []
+    return [f"Beware: {metric} cannot compare trials with different {_enumerate(varied)}, which {reason}."]
+
+
+def _scale_of(metric: str | None) -> tuple[tuple[str, ...], str]:
+    """The keys whose values move a metric by themselves, and what they do."""
+    views = tuple(f"pretrain.crops.{name}" for name in _MAKE_THE_VIEWS)
+    if metric in _OF_THE_TARGETS:
+        return (*_MAKE_THE_TARGETS, *views), (
+            "move the targets that it measures: a smaller value says that they are easier to meet, not that the "
+            "features are better"
+        )
+    if metric == LIDAR:
+        return views, "move the views whose spread it measures: milder ones give a higher value to the same features"
+    return (), ""
 
 
 def _value(config: RunConfig, key: str) -> Any:

@@ -18,6 +18,7 @@ from orchestrator.metric_choice import (
     RANKME,
     choice_for_trials,
     choose_metric,
+    comparison_caution,
     comparison_problems,
     label_free_agreement,
     resolve_metric,
@@ -122,8 +123,21 @@ def test_what_does_not_follow_the_temperature_compares_temperatures(metric: str 
 
 def test_lidar_cannot_compare_augmentations() -> None:
     (line,) = problems(LIDAR, "pretrain.crops.jitter_prob", [0.0, 0.8])
-    assert "which makes the views whose spread it measures" in line
+    assert "which move the views whose spread it measures" in line
     assert len(expand(Sweep(base="quickstart", space={"pretrain.crops.num_local_crops": [0, 2]}, metric=LIDAR))) == 2
+
+
+def test_who_asks_for_such_a_ranking_of_recorded_trials_is_warned() -> None:
+    def recorded(**params: str) -> TrialSummary:
+        return TrialSummary(
+            "a", "a", "finished", {f"pretrain.{key.replace('__', '.')}": v for key, v in params.items()}
+        )
+
+    temps = [recorded(teacher__temp="0.04", optim__lr="0.1"), recorded(teacher__temp="0.07", optim__lr="0.2")]
+    (line,) = comparison_caution("train/loss", temps)
+    assert line.startswith("Beware: train/loss cannot compare trials with different pretrain.teacher.temp, which move")
+    assert comparison_caution(KNN, temps) == []
+    assert comparison_caution("train/loss", [recorded(optim__lr="0.1"), recorded(optim__lr="0.2")]) == []
 
 
 def test_every_key_that_is_looked_at_is_a_setting() -> None:
