@@ -33,6 +33,7 @@ from orchestrator.overrides import (
 )
 from orchestrator.preflight import model_problems
 from orchestrator.runs import Trial, check_name
+from orchestrator.schedulers import SchedulerName, scheduler_problems
 
 METRICS = (
     "eval/knn_top1",
@@ -97,12 +98,19 @@ class Sweep(CheckedConfig):
     """What trials are compared by; None: k-NN where there are labels and a test split, else RankMe."""
     mode: Literal["max", "min"] | None = None
     """Whether a larger or a smaller metric is better; None: as the metric says."""
-    scheduler: Literal["none", "asha"] = "none"
-    """`none` runs every trial to its end; `asha` stops those that fall behind early (arXiv 1810.05934)."""
+    scheduler: SchedulerName = "none"
+    """`none` runs every trial to its end; `asha` stops those that fall behind early (arXiv 1810.05934); `median` those
+    whose best value is below the median of the others' means so far (Google Vizier); `hyperband` is `asha` with several
+    `brackets`; `pbt` is refused, with the reason."""
     grace_steps: int | None = number(None, ge=1)
-    """asha: steps that every trial gets before it can be stopped."""
+    """asha, median, hyperband: steps that every trial gets before it can be stopped."""
     reduction_factor: int = number(4, ge=2)
-    """asha: one trial in this many goes on, at grace_steps, at grace_steps x reduction_factor, and so on."""
+    """asha, hyperband: one trial in this many goes on, at grace_steps, at grace_steps x reduction_factor, and so on."""
+    brackets: int = number(1, ge=1)
+    """hyperband: groups that trials are dealt to; each is judged first reduction_factor times later than the one
+    before."""
+    stop_collapsed: bool = False
+    """End a trial when two agreeing signals have said at two logged steps in a row that it has collapsed."""
 
     @property
     def recipe(self) -> str:
@@ -130,12 +138,7 @@ class Sweep(CheckedConfig):
                 problems.append(
                     f"method = {self.method}: must be none for a sweep with rows, which say themselves what they are"
                 )
-        if self.scheduler == "asha" and self.grace_steps is None:
-            problems.append(
-                "grace_steps = None: must be a whole number >= 1 when sweep.scheduler = asha, "
-                "the steps that every trial gets before it can be stopped"
-            )
-        return problems
+        return problems + scheduler_problems(self.scheduler, self.grace_steps, self.brackets)
 
 
 def setting_keys() -> dict[str, Key]:
@@ -198,10 +201,10 @@ def _check_trial(sweep: Sweep, config: RunConfig) -> None:
     if config.cluster.launcher == "local":
         problems.append("cluster.launcher = local: is without Ray, which runs a sweep's trials; use trial or train")
     by_evaluation = sweep.metric is None or sweep.metric.startswith("eval/")
-    if sweep.scheduler == "asha" and by_evaluation and config.pretrain.eval.every_steps is None:
+    if sweep.scheduler != "none" and by_evaluation and config.pretrain.eval.every_steps is None:
         problems.append(
-            f"pretrain.eval.every_steps = None: must be a whole number >= 1 when sweep.scheduler = asha, which "
-            f"judges trials by {sweep.metric or 'an evaluation'} while they run"
+            f"pretrain.eval.every_steps = None: must be a whole number >= 1 when sweep.scheduler = {sweep.scheduler}, "
+            f"which judges trials by {sweep.metric or 'an evaluation'} while they run"
         )
     if problems:
         raise ConfigError("\n".join(problems))

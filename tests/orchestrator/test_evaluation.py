@@ -120,7 +120,7 @@ def evaluate(config: RunConfig, source: Source) -> dict[str, float]:
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 200
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.001)
     assert condition()
@@ -165,7 +165,7 @@ def test_images_are_made_by_all_threads_and_one_batch_ahead(monkeypatch: pytest.
 
     def on_read(index: int) -> None:
         if 8 <= index < 12:
-            together.wait(60)  # passes only if four threads are here at once
+            together.wait(200)  # passes only if four threads are here at once
         reads.append(index)
 
     batches = gallery(config, source_of(on_read=on_read)).batches()
