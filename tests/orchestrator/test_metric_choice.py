@@ -91,7 +91,7 @@ def test_mode_alone_and_alpha_req_are_refused() -> None:
 def test_a_loss_cannot_compare_what_makes_its_own_targets(metric: str, key: str, values: list[Any]) -> None:
     (line,) = problems(metric, key, values)
     assert line.startswith(
-        f"sweep.metric = {metric}: cannot compare trials with different {key}, which makes the targets"
+        f"sweep.metric = {metric}: cannot compare trials with different {key}, which move the targets"
     )
     assert line.endswith("must be eval/knn_top1 or, without labels, eval/rankme, or none to have it chosen")
 
