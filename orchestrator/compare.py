@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
+from orchestrator.metric_choice import comparison_caution
 from orchestrator.statistics import Difference, paired_differences
 from orchestrator.trials import SEED_KEY, CompareError, Mode, TrialSummary
 
@@ -143,7 +144,8 @@ class Comparison:
     def notes(self) -> tuple[str, ...]:
         """What a reader must know of the numbers, each in a line."""
         why = f"Ranked by {self.metric}: {self.why}." if self.why else ""
-        return tuple(filter(None, (why, self.reference_note, self.early_note, self.paper_note)))
+        caution = comparison_caution(self.metric, [row.trial for row in self.rows])
+        return tuple(filter(None, (why, *caution, self.reference_note, self.early_note, self.paper_note)))
 
     @property
     def early_note(self) -> str:

@@ -6,8 +6,6 @@ scale the trials themselves change. Imports neither ray nor torch.
 
 from __future__ import annotations
 
-import math
-from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -60,12 +58,6 @@ class MetricChoice:
     mode: Mode
     """Whether a larger or a smaller value is better."""
     why: str
-
-    @property
-    def sentence(self) -> str:
-        """For people, beside every ranking."""
-        better = "larger" if self.mode == "max" else "smaller"
-        return f"Trials are ranked by {self.metric}, {better} is better: {self.why}."
 
 
 def choose_metric(has_labels: bool) -> MetricChoice:
@@ -136,27 +128,36 @@ def metric_problems(metric: str | None, mode: Mode | None) -> list[str]:
 
 def comparison_problems(metric: str | None, configs: Sequence[RunConfig]) -> list[str]:
     """Why trials of these configurations cannot be ranked by a metric: it would rank the settings' own scale."""
-    if metric in _OF_THE_TARGETS:
-        keys = (*_MAKE_THE_TARGETS, *(f"pretrain.crops.{name}" for name in _MAKE_THE_VIEWS))
-        reason = (
-            "makes the targets that it measures: a smaller value says that they are easier to meet, not that the "
-            "features are better"
-        )
-        instead = f"{KNN} or, without labels, {RANKME}"
-    elif metric == LIDAR:
-        keys = tuple(f"pretrain.crops.{name}" for name in _MAKE_THE_VIEWS)
-        reason = "makes the views whose spread it measures: milder ones give a higher value to the same features"
-        instead = f"{KNN} or, without labels, {RANKME}"
-    else:
-        return []
+    keys, reason = _scale_of(metric)
     varied = [key for key in keys if len({_value(config, key) for config in configs}) > 1]
     if not varied:
         return []
-    verb = "makes" if len(varied) == 1 else "make"
     return [
-        f"sweep.metric = {metric}: cannot compare trials with different {_enumerate(varied)}, which "
-        f"{verb}{reason.removeprefix('makes')}; must be {instead}, or none to have it chosen"
+        f"sweep.metric = {metric}: cannot compare trials with different {_enumerate(varied)}, which {reason}; must be "
+        f"{KNN} or, without labels, {RANKME}, or none to have it chosen"
     ]
+
+
+def comparison_caution(metric: str, trials: Sequence[TrialSummary]) -> list[str]:
+    """The same of recorded trials, for people who ask for such a ranking all the same: a sentence, or nothing."""
+    keys, reason = _scale_of(metric)
+    varied = [key for key in keys if len({trial.params.get(key) for trial in trials}) > 1]
+    if not varied:
+        return []
+    return [f"Beware: {metric} cannot compare trials with different {_enumerate(varied)}, which {reason}."]
+
+
+def _scale_of(metric: str | None) -> tuple[tuple[str, ...], str]:
+    """The keys whose values move a metric by themselves, and what they do."""
+    views = tuple(f"pretrain.crops.{name}" for name in _MAKE_THE_VIEWS)
+    if metric in _OF_THE_TARGETS:
+        return (*_MAKE_THE_TARGETS, *views), (
+            "move the targets that it measures: a smaller value says that they are easier to meet, not that the "
+            "features are better"
+        )
+    if metric == LIDAR:
+        return views, "move the views whose spread it measures: milder ones give a higher value to the same features"
+    return (), ""
 
 
 def _value(config: RunConfig, key: str) -> Any:
@@ -184,63 +185,3 @@ def choice_for_trials(trials: Sequence[TrialSummary], definition: Mapping[str, A
     if not any(KNN in trial.curves for trial in trials) and any(RANKME in trial.curves for trial in trials):
         return choose_metric(has_labels=False)
     return choose_metric(has_labels=True)
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """What ranking by a label-free score would have cost, where labels tell."""
-
-    score: str
-    picked: str
-    """The trial that is best by the score."""
-    knn: float
-    """Its k-NN top-1, per cent."""
-    regret: float
-    """How far that is below the best trial's, in points."""
-    correlation: float | None
-    """Spearman's, between score and k-NN over the trials; None where either is the same in all."""
-    num_trials: int
-
-    @property
-    def sentence(self) -> str:
-        how = "" if self.correlation is None else f", rank correlation {self.correlation:+.2f}"
-        return (
-            f"By {self.score} alone one would have picked {self.picked}: {self.knn:.1f} % k-NN, {self.regret:.1f} "
-            f"below the best{how} over {self.num_trials} trials."
-        )
-
-
-def label_free_agreement(trials: Sequence[TrialSummary]) -> tuple[Agreement, ...]:
-    """One for each label-free score that at least three trials have beside k-NN.
-
-    alpha-ReQ picks the trial nearest to 1; its correlation is that of -|alpha - 1|.
-    """
-    found = []
-    for score in LABEL_FREE:
-        both = [(trial.name, trial.last(score), trial.last(KNN)) for trial in trials]
-        rows = [(name, x, y) for name, x, y in both if x is not None and y is not None]
-        rows = [(name, x, y) for name, x, y in rows if math.isfinite(x) and math.isfinite(y)]
-        if len(rows) < 3:
-            continue
-        goodness = [-abs(x - 1) if score == ALPHA_REQ else x for _, x, _ in rows]
-        accuracy = [y for _, _, y in rows]
-        picked = max(range(len(rows)), key=goodness.__getitem__)
-        regret = max(accuracy) - accuracy[picked]
-        correlation = spearman(goodness, accuracy)
-        found.append(Agreement(score, rows[picked][0], accuracy[picked], regret, correlation, len(rows)))
-    return tuple(found)
-
-
-def spearman(x: Sequence[float], y: Sequence[float]) -> float | None:
-    """Correlation of the ranks, ties by their mean rank; None where x or y is the same everywhere.
-
-    By hand, since a command that prints a table must not wait for scipy.
-    """
-    a, b = ([rank - (len(values) + 1) / 2 for rank in _ranks(values)] for values in (x, y))
-    scale = math.sqrt(sum(v * v for v in a) * sum(v * v for v in b))
-    return sum(v * w for v, w in zip(a, b, strict=True)) / scale if scale else None
-
-
-def _ranks(values: Sequence[float]) -> list[float]:
-    ascending = sorted(values)
-    return [(1 + bisect_left(ascending, value) + bisect_right(ascending, value)) / 2 for value in values]

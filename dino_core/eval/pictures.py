@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from timm.layers import Attention
+from timm.layers.attention import Attention
 from torch import Tensor, nn
 
 from dino_core.crops import CropBatch
@@ -109,7 +109,7 @@ def _forward_features(backbone: nn.Module, images: Tensor) -> Any:
 
 
 def _num_prefix_tokens(backbone: nn.Module) -> int:
-    return int(getattr(backbone, "num_prefix_tokens", 0))  # type: ignore[arg-type]
+    return int(getattr(backbone, "num_prefix_tokens", 0))
 
 
 def _as_grid(values: Tensor, axis: int) -> Tensor:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 import pytest
-from scipy.stats import spearmanr
 
 from dino_core.config import ConfigError
 from orchestrator.config import RunConfig
@@ -18,10 +16,9 @@ from orchestrator.metric_choice import (
     RANKME,
     choice_for_trials,
     choose_metric,
+    comparison_caution,
     comparison_problems,
-    label_free_agreement,
     resolve_metric,
-    spearman,
 )
 from orchestrator.overrides import override
 from orchestrator.run_sweep import _write_plan
@@ -56,9 +53,7 @@ def test_k_nn_with_labels_and_a_label_free_score_without() -> None:
 def test_a_metric_says_which_end_is_better(metric: str, mode: str) -> None:
     assert resolve_metric(metric, None, has_labels=False).mode == mode
     assert resolve_metric(metric, "min", has_labels=True).mode == "min"
-    assert resolve_metric(metric, None, has_labels=True).sentence.startswith(
-        f"Trials are ranked by {metric}, {'larger' if mode == 'max' else 'smaller'} is better: it was asked for"
-    )
+    assert resolve_metric(metric, None, has_labels=True).why == "it was asked for"
 
 
 def test_recorded_trials_follow_their_sweep_else_what_they_have() -> None:
@@ -96,7 +91,7 @@ def test_mode_alone_and_alpha_req_are_refused() -> None:
 def test_a_loss_cannot_compare_what_makes_its_own_targets(metric: str, key: str, values: list[Any]) -> None:
     (line,) = problems(metric, key, values)
     assert line.startswith(
-        f"sweep.metric = {metric}: cannot compare trials with different {key}, which makes the targets"
+        f"sweep.metric = {metric}: cannot compare trials with different {key}, which move the targets"
     )
     assert line.endswith("must be eval/knn_top1 or, without labels, eval/rankme, or none to have it chosen")
 
@@ -122,8 +117,21 @@ def test_what_does_not_follow_the_temperature_compares_temperatures(metric: str 
 
 def test_lidar_cannot_compare_augmentations() -> None:
     (line,) = problems(LIDAR, "pretrain.crops.jitter_prob", [0.0, 0.8])
-    assert "which makes the views whose spread it measures" in line
+    assert "which move the views whose spread it measures" in line
     assert len(expand(Sweep(base="quickstart", space={"pretrain.crops.num_local_crops": [0, 2]}, metric=LIDAR))) == 2
+
+
+def test_who_asks_for_such_a_ranking_of_recorded_trials_is_warned() -> None:
+    def recorded(**params: str) -> TrialSummary:
+        return TrialSummary(
+            "a", "a", "finished", {f"pretrain.{key.replace('__', '.')}": v for key, v in params.items()}
+        )
+
+    temps = [recorded(teacher__temp="0.04", optim__lr="0.1"), recorded(teacher__temp="0.07", optim__lr="0.2")]
+    (line,) = comparison_caution("train/loss", temps)
+    assert line.startswith("Beware: train/loss cannot compare trials with different pretrain.teacher.temp, which move")
+    assert comparison_caution(KNN, temps) == []
+    assert comparison_caution("train/loss", [recorded(optim__lr="0.1"), recorded(optim__lr="0.2")]) == []
 
 
 def test_every_key_that_is_looked_at_is_a_setting() -> None:
@@ -174,36 +182,3 @@ def test_a_score_that_is_switched_off_cannot_rank(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"pretrain\.eval\.num_lidar_images = 0: must be >= 1"):
         _write_plan(Sweep(base=no_lidar, space={TEMP: [0.04, 0.07]}, metric=LIDAR))
     assert not (tmp_path / "runs").exists()
-
-
-# --- regret -----------------------------------------------------------------------------------------------------------
-
-
-def test_regret_is_what_the_pick_lacks() -> None:
-    trials = [
-        trial("a", knn_top1=70.0, rankme=20.0, lidar=9.0, alpha_req=1.9),
-        trial("b", knn_top1=75.0, rankme=12.0, lidar=11.0, alpha_req=0.2),
-        trial("c", knn_top1=40.0, rankme=3.0, lidar=2.0, alpha_req=1.1),
-        trial("d", rankme=99.0),  # failed before it was evaluated
-        trial("e", knn_top1=math.nan, rankme=99.0),
-    ]
-    rank, views, alpha = label_free_agreement(trials)
-    assert (rank.score, rank.picked, rank.knn, rank.regret, rank.num_trials) == (RANKME, "a", 70.0, 5.0, 3)
-    assert rank.correlation == pytest.approx(0.5)
-    assert (views.picked, views.regret) == ("b", 0.0)
-    assert views.correlation == pytest.approx(1)
-    assert (alpha.picked, alpha.regret) == ("c", 35.0)
-    assert alpha.correlation == pytest.approx(-0.5)  # the distance from 1 counts: 0.9, 0.8, 0.1
-    assert rank.sentence == (
-        "By eval/rankme alone one would have picked a: 70.0 % k-NN, 5.0 below the best, rank correlation +0.50 over 3 "
-        "trials."
-    )
-    assert label_free_agreement(trials[:2]) == ()
-
-
-@pytest.mark.parametrize(
-    ("x", "y"), [([1, 2, 3, 4], [1, 3, 2, 4]), ([1, 1, 2, 5, 5], [9, 2, 2, 1, 7]), ([3.5, -1, 2], [0, 0, 1])]
-)
-def test_rank_correlation_is_scipys(x: list[float], y: list[float]) -> None:
-    assert spearman(x, y) == pytest.approx(spearmanr(x, y).statistic)
-    assert spearman(x, [1.0] * len(x)) is None

@@ -65,6 +65,8 @@ SMALL: dict[str, Any] = {
     "pretrain.crops.num_local_crops": 1,
     "pretrain.eval.every_steps": None,
     "pretrain.eval.num_gallery": 200,
+    "pretrain.eval.num_label_free": 40,
+    "pretrain.eval.num_lidar_images": 10,
     "pretrain.eval.num_queries": 50,
 }
 LONG = {"pretrain.steps": STEPS, "pretrain.checkpoint_every_steps": CHECKPOINT_STEPS}
@@ -74,6 +76,8 @@ SLOW = {
     "pretrain.model.patch_size": 2,
     "pretrain.model.depth": 2,
     "pretrain.eval.num_gallery": 20,
+    "pretrain.eval.num_label_free": 40,
+    "pretrain.eval.num_lidar_images": 10,
     "pretrain.eval.num_queries": 5,
 }
 """Steps of half a second, so that a signal finds the run deep in torch."""
@@ -525,6 +529,8 @@ def test_real_photos_in_parquet(store: Store, shared_data: Path) -> None:
         "pretrain.batch_size": 16,
         "pretrain.model.depth": 1,
         "pretrain.eval.num_gallery": 200,
+        "pretrain.eval.num_label_free": 40,
+        "pretrain.eval.num_lidar_images": 10,
         "pretrain.eval.num_queries": 50,
     }
     ended = command("pretrain", "cifar10_tiny", "--local", *(f"{key}={value}" for key, value in changes.items()))
