@@ -337,7 +337,8 @@ class OptimConfig(CheckedConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig(CheckedConfig):
-    """k-NN on the teacher's backbone while training; needs labels and a test split."""
+    """Evaluations of the teacher's backbone while training: k-NN where there are labels and a test split, scores that
+    need no label, and pictures."""
 
     path: ClassVar[str] = "pretrain.eval"
 
@@ -351,10 +352,39 @@ class EvalConfig(CheckedConfig):
     """Training images used as the gallery, a fixed random choice; None uses all."""
     num_queries: int | None = number(None, ge=1)
     """Test images used as queries, a fixed random choice; None uses all."""
+    num_label_free: int = number(2048, ge=0)
+    """Training images, at most, for RankMe and alpha-ReQ: the first of the gallery's choice; 0 leaves both and LiDAR
+    out."""
+    num_lidar_images: int = number(256, ge=0)
+    """How many of them, at most, are augmented for LiDAR; 0 leaves it out."""
+    num_lidar_views: int = number(8, ge=2)
+    """Global crops of each of those, an even number, by the augmentation of `pretrain.crops`."""
     crop_fraction: float = number(0.875, gt=0, le=1)
     """Share of the resized image's side that the centre crop keeps (0.875: resize to 256, crop 224)."""
     batch_size: int = number(256, ge=1)
     """Images per forward pass and worker."""
+    num_pictures: int = number(4, ge=0, le=16)
+    """Training images that are drawn, a fixed choice: their crops, attention and features; 0 draws nothing."""
+    pictures_every_steps: int | None = number(None, ge=1)
+    """Steps between evaluations that draw pictures, a multiple of `every_steps`; None: only after the last step."""
+
+    def _problems(self) -> list[str]:
+        problems = []
+        if 0 < self.num_label_free < self.num_lidar_images:
+            problems.append(
+                f"num_lidar_images = {self.num_lidar_images}: must be at most pretrain.eval.num_label_free = "
+                f"{self.num_label_free}, from whose images they are taken"
+            )
+        if self.num_lidar_views % 2:
+            problems.append(
+                f"num_lidar_views = {self.num_lidar_views}: must be even, global crops are made two at a time"
+            )
+        if self.pictures_every_steps and (self.every_steps is None or self.pictures_every_steps % self.every_steps):
+            problems.append(
+                f"pictures_every_steps = {self.pictures_every_steps}: must be a multiple of "
+                f"pretrain.eval.every_steps = {self.every_steps}; pictures are drawn at evaluations"
+            )
+        return problems
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from dino_core.config import PretrainConfig
 from dino_core.schedules import build_schedules
 from orchestrator.config import RunConfig
 from orchestrator.data.shelf import num_streams
+from orchestrator.metric_choice import choice_for_sweep
 from orchestrator.overrides import flatten, show
 from orchestrator.preflight import open_sources
 from orchestrator.ray_cluster import Capacity, Demand, cluster_address, plan_concurrency, resolve_launcher
@@ -80,6 +81,8 @@ def print_run(config: RunConfig, recipe: str, write: Callable[[str], None] = pri
 def print_sweep(sweep: Sweep, trials: Sequence[Trial], write: Callable[[str], None] = print) -> None:
     """Print a sweep that was expanded. Raises ConfigError if one of its trials cannot run."""
     sources = open_sources(trial.config for trial in trials)
+    labelled = all(source.has_test_labels for source in sources.values())
+    choice = choice_for_sweep(sweep.metric, sweep.mode, (trial.config for trial in trials), has_labels=labelled)
     sizes: dict[tuple[object, ...], ModelSize] = {}
     for trial in trials:
         relevant = _what_counts(trial.config)
@@ -97,7 +100,7 @@ def print_sweep(sweep: Sweep, trials: Sequence[Trial], write: Callable[[str], No
     each = f"{min(steps):,}" if min(steps) == max(steps) else f"{min(steps):,} to {max(steps):,}"
     lines = {
         "trials": f"{len(trials)} = {_number(combinations, 'combination')} x {_number(sweep.seeds, 'seed')}",
-        "compared by": f"{sweep.metric}, {sweep.mode}",
+        "compared by": f"{choice.metric}, {choice.mode}: {choice.why}",
         **({"the paper's": sweep.paper_setting} if sweep.paper_setting else {}),
         "scheduler": describe_scheduler(sweep.scheduler, sweep.grace_steps, sweep.reduction_factor, sweep.brackets),
         "launcher": _LAUNCHERS[resolve_launcher(config.cluster, in_sweep=True)],

@@ -7,6 +7,7 @@
         metrics.jsonl the journal of its metrics                ledger.jsonl   what became of its trials
         ledger.jsonl  what became of it                         report.html
         checkpoints/step_00000200/                              trials/<trial>/   one run each, no ledger of its own
+        pictures/step_00000200/*.png
 
 Every file is either written whole (`write_json`) or append-only (`Journal`, `Ledger`); a line cut short by a crash is
 ignored by the readers and removed by the next writer.
@@ -33,6 +34,7 @@ LEDGER_FILE = "ledger.jsonl"
 BAD_SAMPLES_FILE = "bad_samples.jsonl"
 REPORT_FILE = "report.html"
 CHECKPOINTS_DIR = "checkpoints"
+PICTURES_DIR = "pictures"
 TRIALS_DIR = "trials"
 
 Event = Literal["started", "finished", "stopped", "failed", "interrupted"]

@@ -17,6 +17,7 @@ from dino_core.config import ConfigError
 from orchestrator.config import RunConfig
 from orchestrator.data.shelf import num_streams, shelf_for_trials
 from orchestrator.launch import trial_resources, tune_trial
+from orchestrator.metric_choice import KNN, choice_for_sweep
 from orchestrator.overrides import flatten, override
 from orchestrator.preflight import open_sources
 from orchestrator.progress import RunProgress
@@ -141,11 +142,17 @@ def resume_sweep(name: str, changes: Mapping[str, Any] | None = None, storage: s
 def _write_plan(sweep: Sweep) -> _Plan:
     trials = expand(sweep)
     sources = open_sources(trial.config for trial in trials)
-    if sweep.metric.startswith("eval/") and sweep.scheduler != "none":
+    choice = choice_for_sweep(
+        sweep.metric,
+        sweep.mode,
+        (trial.config for trial in trials),
+        has_labels=all(source.has_test_labels for source in sources.values()),
+    )
+    if choice.metric == KNN and sweep.scheduler != "none":
         for source in sources.values():
-            if source.test is None or source.test.labels is None or source.train.labels is None:
+            if not source.has_test_labels:
                 raise ConfigError(
-                    f"sweep.metric = {sweep.metric}: needs labels and a test split to stop trials by, but "
+                    f"sweep.metric = {choice.metric}: needs labels and a test split to stop trials by, but "
                     f"{source.describe()}"
                 )
     base = trials[0].config
@@ -189,8 +196,9 @@ def _write_plan(sweep: Sweep) -> _Plan:
         "paper_setting": sweep.paper_setting,
         "space": {key: list(values) for key, values in sweep.space.items()},
         "seeds": sweep.seeds,
-        "metric": sweep.metric,
-        "mode": sweep.mode,
+        "metric": choice.metric,
+        "mode": choice.mode,
+        "metric_why": choice.why,
         "scheduler": sweep.scheduler,
         "grace_steps": sweep.grace_steps,
         "reduction_factor": sweep.reduction_factor,

@@ -194,6 +194,7 @@ def _items(folder: Path) -> Iterator[_Item]:
         rows = sweep.get("rows", {})  # sweeps written before there were rows have none
         params |= {"rows": ", ".join(rows)} if rows else {}
         params |= {"seeds": sweep["seeds"], "trials": len(sweep["trials"]), "metric": sweep["metric"]}
+        params |= {name: sweep[name] for name in ("mode", "metric_why") if name in sweep}
         yield _Item(folder, folder.name, states[folder.name], tags, params, (SWEEP_FILE, REPORT_FILE))
         parent = folder
         folders = [folder / TRIALS_DIR / trial["trial_id"] for trial in sweep["trials"]]

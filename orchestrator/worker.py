@@ -23,10 +23,11 @@ from orchestrator.stoppers import STOPPED_FILE, Collapsed, CollapseStopper, firs
 
 if TYPE_CHECKING:
     from dino_core.crops import MultiCrop
-    from dino_core.train import TrainState
+    from dino_core.train import Evaluate, TrainState
     from orchestrator.data.loaders import Loader
     from orchestrator.data.split import Source
     from orchestrator.data.stream import Batch
+    from orchestrator.pictures import Pictures
 
 FAILURE_FILE = "failure.json"
 """Why a run cannot succeed however often it is tried. The driver removes it before it starts the run anew."""
@@ -104,6 +105,7 @@ def _train(run_dir: Path, config: RunConfig, place: Place, report: Report) -> No
     from orchestrator.data.loaders import make_loader
     from orchestrator.data.sources import open_source
     from orchestrator.evaluation import make_evaluate
+    from orchestrator.pictures import Pictures
 
     pretrain = config.pretrain
     source = open_source(config.data)
@@ -145,6 +147,9 @@ def _train(run_dir: Path, config: RunConfig, place: Place, report: Report) -> No
         with closing(_batches(config, source, loader, crops, state, place)) as batches:
             finished = (crops.finish(bad.note(batch), place.device) for batch in batches)
             evaluate = make_evaluate(config, source, digest)
+            if pretrain.eval.num_pictures:
+                pictures = Pictures(config, source, loader, run_dir) if place.rank == 0 else None
+                evaluate = _with_pictures(evaluate, pictures)
             train(state, finished, on_log=on_log, on_checkpoint=on_checkpoint, evaluate=evaluate)
             if evaluate is None:  # else the last evaluation told that the run is complete
                 report({**latest, "step": state.step, "total_steps": state.schedules.total_steps})
@@ -154,6 +159,18 @@ def _train(run_dir: Path, config: RunConfig, place: Place, report: Report) -> No
     finally:
         if journal is not None:
             journal.close()
+
+
+def _with_pictures(evaluate: Evaluate | None, pictures: Pictures | None) -> Evaluate:
+    """The evaluation, which draws as well where `pictures` are given; every rank has one, or none."""
+
+    def evaluate_and_draw(state: TrainState) -> dict[str, float]:
+        metrics = evaluate(state) if evaluate is not None else {}
+        if pictures is not None and pictures.is_due(state):
+            pictures.draw(state)
+        return metrics
+
+    return evaluate_and_draw
 
 
 def _same_on_all_ranks(found: Found, place: Place) -> Found:

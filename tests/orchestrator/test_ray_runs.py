@@ -27,7 +27,7 @@ from orchestrator.stoppers import read_stop
 from orchestrator.sweep import Row, Sweep
 from orchestrator.trials import load_from_disk
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.ray
 
 TINY: dict[str, Any] = {
     "pretrain.steps": 20,
@@ -75,7 +75,7 @@ def left_behind(ray_head: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, lis
     def look_and_disconnect() -> None:
         from ray.util.state import list_actors
 
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 100
         while True:
             groups = [group for group in placement_group_table().values() if group["state"] != "REMOVED"]
             ours = ("ImplicitFunc", "TrainController", "RayTrainWorker", "PlacementGroupCleaner", "tune_trial")
@@ -216,7 +216,7 @@ class TestJobs:
     def agent(self, ray_head: Any) -> None:
         """The head's job agent comes up some seconds after its dashboard."""
         client = JobSubmissionClient(ray_head.dashboard)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 200
         while True:
             try:
                 client.submit_job(entrypoint="true")
@@ -266,14 +266,14 @@ class TestJobs:
         events = [state.event for state in read_states(folder).values()]
         assert len(events) >= 2
         assert set(events) == {"interrupted"}
-        # Ray leaves a job three seconds; what a busy machine does not deliver in time, the next driver does.
+        # A stopped driver delivers for two seconds; what it does not get done, the next one does.
         found = statuses(f"sqlite:///{tmp_path / 'mlflow.db'}", "quickstart")
         assert len(found) >= 2
         assert "KILLED" in found.values()
         assert set(found.values()) <= {"KILLED", "RUNNING"}
         ray.init(address=ray_head.address, log_to_driver=False)
         try:
-            deadline = time.monotonic() + 30
+            deadline = time.monotonic() + 100
             while ray.available_resources().get("CPU") != ray.cluster_resources()["CPU"]:
                 assert time.monotonic() < deadline, ray.available_resources()
                 time.sleep(0.5)

@@ -360,7 +360,7 @@ def test_schedulers_need_evaluations_to_judge_by(scheduler: str) -> None:
     judged: dict[str, Any] = {"scheduler": scheduler, "grace_steps": 10, "changes": {"pretrain.eval.every_steps": None}}
     judged["brackets"] = 2 if scheduler == "hyperband" else 1
     assert problems(grid(**judged))[0].startswith("pretrain.eval.every_steps = None: must be a whole number >= 1 when")
-    assert len(expand(grid(**judged, metric="train/loss", mode="min"))) == 4
+    assert len(expand(grid(**judged, metric="train/feature_rank"))) == 4
 
 
 def test_vary_adds_to_the_space_or_replaces_in_it() -> None:
