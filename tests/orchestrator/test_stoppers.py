@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.collapse_stopper import BAD, GOOD, NUM_DIGITS
 from dino_core.config import ConfigError, PretrainConfig
 from dino_core.diagnosis import Diagnosis
 from dino_core.schedules import build_schedules
@@ -222,6 +223,31 @@ def replay(config: PretrainConfig, steps: list[int], metrics: dict[str, list[flo
         if found is not None:
             return found
     return None
+
+
+def test_recorded_runs_end_as_documented() -> None:
+    """200 steps each on the digits, by benchmarks/collapse_stopper.py; docs/diagnosis.md shows the table."""
+    runs = json.loads(Path(__file__).with_name("collapse_curves.json").read_text())
+    stopped = {}
+    for name, run in runs.items():
+        changes = (BAD | GOOD)[name.removesuffix("-s0")]
+        config = override(quickstart(), changes | {"pretrain.steps": 200}).pretrain
+        found = replay(config, run["steps"], run["metrics"], NUM_DIGITS)
+        if found is not None:
+            stopped[name.removesuffix("-s0")] = found.verdict
+    assert stopped == {
+        "no_centering": "one-hot collapse",
+        "no_sharpening": "uniform collapse",
+        "student_copy": "dimensional collapse",
+        "center_momentum_0.999": "one-hot collapse",
+        "previous_step": "dimensional collapse",
+        "equal_temps": "uniform collapse",
+        "no_batch_norm": "uniform collapse",
+        "lr_0.1": "dimensional collapse",
+        "momentum_0.9": "dimensional collapse",
+    }
+    assert len(runs) == 17
+    assert runs["momentum_0.9-s0"]["knn_top1"] < runs["quickstart-s0"]["knn_top1"] - 10, "that one collapsed indeed"
 
 
 def test_curves_of_older_runs() -> None:
