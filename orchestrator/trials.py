@@ -270,10 +270,10 @@ def _read_run(
 
 
 def _curves(run_dir: Path, state: records.RunState | None) -> dict[str, Curve]:
-    """The journal's, and at its last step the figures of the run's end, as MLflow has them."""
-    curves: dict[str, Curve] = records.read_curves(run_dir)
-    last = max((points[-1][0] for points in curves.values()), default=0)
-    return curves | {name: [(last, value)] for name, value in (state.numbers if state else {}).items()}
+    """The journal's, and the figures of the run's end as MLflow has them, at step 0."""
+    return records.read_curves(run_dir) | {
+        name: [(0, value)] for name, value in (state.numbers if state else {}).items()
+    }
 
 
 def _pictures_on_disk(run_dir: Path) -> Pictures | None:
