@@ -125,7 +125,8 @@ def test_the_report_tells_everything(comparison: Comparison, tmp_path: Path) -> 
     assert list(page.charts) == ["collapse-timeline", *curves, "parallel-coordinates", "cost-speed"]
     assert [page.lines(chart) for chart in curves] == [3, 3, 3, 3]
     assert page.words("curve-eval-knn-top1") == ["random weights 60", "raw pixels 98.25"]
-    assert page.count("details") == 1
+    assert page.count("details") == 2  # shared parameters, and what three trials cannot tell
+    assert "Importance: 3 configurations; at least 20 are needed." in page.text
 
 
 def test_only_collapsed_trials_are_explained(comparison: Comparison) -> None:
