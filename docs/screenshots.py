@@ -1,4 +1,4 @@
-"""Makes the pictures of docs/report.md from a sweep's records, in headless Chromium:
+"""Makes the pictures of docs/report.md in headless Chromium, of the trials that `compare` would take:
 
     python -m docs.screenshots runs/NAME
 
@@ -19,9 +19,11 @@ from typing import Any
 
 from PIL import Image
 
-from orchestrator.config import TrackingConfig
-from orchestrator.summary import Summary
-from orchestrator.tracking import Target
+from orchestrator.compare import compare
+from orchestrator.metric_choice import choice_for_trials
+from orchestrator.report import write_report
+from orchestrator.summary import baselines
+from orchestrator.trials import common_definition, load_trials
 
 WIDTH_PX = 1280
 _SECTIONS = {
@@ -29,6 +31,7 @@ _SECTIONS = {
     "report_curves.png": ("#curves", "#curves"),
     "report_parameters.png": ("#effects", "#effects"),
     "report_collapse.png": ("#collapse", "#collapse"),
+    "report_pictures.png": ("#pictures", "#pictures"),
 }
 """First and last element of each picture."""
 _MAX_HEIGHT_PX = 1500
@@ -88,15 +91,19 @@ def _picture(browser: Any, first: str, last: str) -> bytes:
     return small.getvalue()
 
 
-def main(folder: Path) -> None:
-    """Write the pictures of the report of a sweep beside this file."""
-    summary = Summary.of(folder, Target.of(TrackingConfig()))
+def main(names: list[str]) -> None:
+    """Write the pictures of a report beside this file; `names` as `compare` takes them."""
+    trials = load_trials(names)
+    choice = choice_for_trials(trials, common_definition(trials))
+    comparison = compare(trials, choice.metric, choice.mode, why=choice.why)
     with tempfile.TemporaryDirectory() as temporary, chromium() as browser:
-        shutil.copy(summary.write_report(), f"{temporary}/report.html")
-        browser.get(f"file://{temporary}/report.html")
+        page = Path(temporary) / "report.html"
+        write_report(page, comparison, title=trials[0].experiment, baselines=baselines(comparison))
+        browser.get(page.as_uri())
         wait_for_drawing(browser)
-        browser.execute_script("scrollTo(0, 0)")
         for name, (first, last) in _SECTIONS.items():
+            if not browser.execute_script("return document.querySelector(arguments[0]) !== null", last):
+                continue
             content = _picture(browser, first, last)
             if len(content) > _MAX_BYTES:
                 raise ValueError(f"{name}: {len(content)} bytes, more than {_MAX_BYTES}")
@@ -105,4 +112,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(sys.argv[1:])

@@ -256,7 +256,7 @@ def _read_run(
         status=_status(state),
         params=params,
         seed=record.seed,
-        curves=records.read_curves(run_dir),
+        curves=_curves(run_dir, state),
         reason=state.reason if state else "",
         experiment=record.experiment,
         sweep=record.sweep or "",
@@ -267,6 +267,13 @@ def _read_run(
         definition=definition,
         load_pictures=partial(_pictures_on_disk, run_dir),
     )
+
+
+def _curves(run_dir: Path, state: records.RunState | None) -> dict[str, Curve]:
+    """The journal's, and the figures of the run's end as MLflow has them, at step 0."""
+    return records.read_curves(run_dir) | {
+        name: [(0, value)] for name, value in (state.numbers if state else {}).items()
+    }
 
 
 def _pictures_on_disk(run_dir: Path) -> Pictures | None:

@@ -20,6 +20,7 @@ from orchestrator.tables import (
 )
 from orchestrator.trials import TrialSummary
 
+SAVED = "cost/device_hours_saved"
 _MANY = 24
 """Rows of a table from which it scrolls by itself."""
 _FEW = 3
@@ -209,7 +210,11 @@ def refusals(sentences: Sequence[str]) -> str:
 def early_stops(comparison: Comparison) -> str:
     """Why trials were stopped early."""
     found = _reasons(comparison, lambda trial: trial.status == "stopped")
-    return f"<h3>Stopped early</h3>{found}" if found else ""
+    saved = [hours for row in comparison.rows if (hours := row.trial.last(SAVED)) is not None]
+    words = (
+        f"<p>About {sum(saved):.3g} device-hours were saved by ending {len(saved)} trials early.</p>" if saved else ""
+    )
+    return f"<h3>Stopped early</h3>{words}{found}" if found else ""
 
 
 def _reasons(comparison: Comparison, wanted: Callable[[TrialSummary], bool]) -> str:

@@ -125,7 +125,8 @@ def test_the_report_tells_everything(comparison: Comparison, tmp_path: Path) -> 
     assert list(page.charts) == ["collapse-timeline", *curves, "parallel-coordinates", "cost-speed"]
     assert [page.lines(chart) for chart in curves] == [3, 3, 3, 3]
     assert page.words("curve-eval-knn-top1") == ["random weights 60", "raw pixels 98.25"]
-    assert page.count("details") == 1
+    assert page.count("details") == 2  # shared parameters, and what three trials cannot tell
+    assert "Importance: 3 configurations; at least 20 are needed." in page.text
 
 
 def test_only_collapsed_trials_are_explained(comparison: Comparison) -> None:
@@ -258,9 +259,11 @@ def test_trials_that_share_a_verdict_and_a_cause_are_told_together() -> None:
 
 def test_a_trial_stopped_early_is_told_apart_from_one_that_failed() -> None:
     stopped = replace(trial(1), status="stopped", reason="behind the median at step 40")
+    stopped.curves["cost/device_hours_saved"] = [(40, 0.25)]
     text = Page(render_report(compare([trial(0), stopped]), title="t")).text
     assert "What went wrong" not in text
     assert text.index("Cost") < text.index("Stopped early") < text.index("behind the median")
+    assert "About 0.25 device-hours were saved by ending 1 trials early." in text
 
 
 def test_a_number_leads_to_its_run_configuration_commit_and_data() -> None:

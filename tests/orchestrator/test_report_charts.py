@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from orchestrator.compare import KNN_METRIC, Comparison, compare
+from orchestrator.effects import Importances, analyse
 from orchestrator.report.analysis import (
     MAX_KEYS,
     collapse_timeline,
@@ -23,6 +24,7 @@ from orchestrator.report.analysis import (
 )
 from orchestrator.report.charts import MAX_POINTS, embedded, points_per_line, thin
 from orchestrator.report.curves import axes_of, curve_charts, places
+from orchestrator.report.effects import difference_chart, effect_charts, effect_words, importance_chart
 from orchestrator.trials import Curve, TrialSummary
 
 LN_K = math.log(64)
@@ -201,6 +203,78 @@ def test_of_many_trials_those_that_went_wrong_have_a_strip() -> None:
     assert len(chart.figure.data[0].z) == 60
     assert chart.figure.data[0].z[-1][0] == 0.0
     assert chart.unit.endswith("41 more trials are left out")
+
+
+# -------------------------------------------------------------------------------------------- effects and intervals
+
+
+def crossed(noise: float = 0.1) -> Comparison:
+    """Two temperatures x two centrings x four seeds; only together do they do something, beside what each does."""
+    trials = []
+    for temp, hot in (("0.04", 0), ("0.07", 1)):
+        for centering, without in (("center", 0), ("none", 1)):
+            for seed in range(4):
+                wobble = noise * ((seed * 7 + hot * 3 + without * 5) % 4 - 1.5)
+                params = {"pretrain.teacher.temp": temp, "pretrain.teacher.centering": centering}
+                knn = 60.0 - 2.0 * hot - 10.0 * without + 4.0 * hot * without + wobble
+                name = f"temp_{temp}-centering_{centering}-s{seed}"
+                trials.append(TrialSummary(name, name, "finished", params, seed, {KNN_METRIC: [(100, knn)]}))
+    return compare(trials)
+
+
+def test_differences_are_drawn_with_the_intervals_of_the_comparison() -> None:
+    comparison = crossed()
+    chart = difference_chart(comparison)
+    assert chart is not None
+    assert comparison.reference is not None
+    assert comparison.reference.name in chart.unit
+    apart = {group.name: group.difference for group in comparison.groups if group.difference is not None}
+    assert len(apart) == 3
+    names = list(chart.figure.layout.yaxis.ticktext)
+    drawn = {}
+    for trace, verdict in zip(chart.figure.data, ("better", "worse", "not resolved"), strict=True):
+        for x, y, more, less in zip(trace.x, trace.y, trace.error_x.array, trace.error_x.arrayminus, strict=True):
+            drawn[names[y]] = (x, x - less, x + more, verdict)
+    assert drawn.keys() == apart.keys()
+    for name, difference in apart.items():
+        expected = (difference.mean, difference.low, difference.high)
+        assert drawn[name][:3] == pytest.approx(expected)
+        assert drawn[name][3] == difference.verdict
+    assert difference_chart(compare([trial(0), trial(1)])) is None  # one seed each: no noise is known
+
+
+def test_effects_and_interactions_are_drawn_with_their_intervals() -> None:
+    comparison = crossed()
+    analysis = analyse(comparison)
+    charts = {chart.title: chart for chart in effect_charts(comparison, analysis)}
+    assert list(charts) == ["teacher.centering", "teacher.temp", "teacher.centering with teacher.temp"]
+    (line,) = charts["teacher.temp"].figure.data
+    assert line.y == pytest.approx([55.0, 55.0], abs=0.2)  # 60 and 50; 58 and 52
+    assert list(charts["teacher.temp"].figure.layout.xaxis.ticktext) == ["0.04", "0.07"]
+    found = analysis.main["pretrain.teacher.temp"]
+    assert line.error_y.array == pytest.approx([effect.high - effect.mean for effect in found])
+    assert line.error_y.arrayminus == pytest.approx([effect.mean - effect.low for effect in found])
+    both = {line.name: line.y for line in charts["teacher.centering with teacher.temp"].figure.data}
+    assert both["teacher.temp 0.04"] == pytest.approx([60.0, 50.0], abs=0.2)
+    assert both["teacher.temp 0.07"] == pytest.approx([58.0, 52.0], abs=0.2)
+
+
+def test_what_cannot_be_told_is_said() -> None:
+    analysis = analyse(compare([trial(0), trial(1)]))
+    words = effect_words(analysis)
+    assert [word.partition(":")[0] for word in words if " x " not in word] == [
+        key.removeprefix("pretrain.") for key in analysis.refused if " x " not in key
+    ]
+
+
+def test_importance_is_drawn_by_both_estimates_or_not_at_all() -> None:
+    told = Importances(25, {"pretrain.optim.lr": 0.7, "pretrain.seed2": 0.3}, {"pretrain.optim.lr": 0.9})
+    chart = importance_chart(told)
+    assert chart is not None
+    fanova, ped = chart.figure.data
+    assert list(chart.figure.layout.yaxis.ticktext) == ["seed2", "optim.lr"]
+    assert (list(fanova.x), list(ped.x)) == ([0.3, 0.7], [None, 0.9])
+    assert importance_chart(Importances(3, reason="3 configurations; at least 20 are needed")) is None
 
 
 # ------------------------------------------------------------------------------------------------------ long curves
