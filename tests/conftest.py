@@ -24,6 +24,14 @@ settings.register_profile("no deadline", deadline=None)  # on a busy machine any
 settings.load_profile("no deadline")
 
 
+@pytest.hookimpl(trylast=True)  # after deselection
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With several processes the files with Ray come first: they take minutes, and short files fill the end evenly."""
+    if hasattr(config, "workerinput"):
+        with_ray = {item.path for item in items if item.get_closest_marker("ray")}
+        items.sort(key=lambda item: item.path not in with_ray)
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Small real data sets that lie beside the checkout on some machines and are no part of the project."""
