@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from pathlib import Path
 
@@ -19,6 +20,18 @@ os.environ |= {
 }
 for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
     os.environ.pop(name, None)
+
+# Processes that tests start by the method "forkserver" are forked from one that has imported these once for all.
+multiprocessing.set_forkserver_preload(
+    [
+        "torch",
+        "timm",
+        "pytest",
+        "dino_core.train",
+        "orchestrator.data.bad_samples",
+        "mlflow.store.tracking.sqlalchemy_store",
+    ]
+)
 
 settings.register_profile("no deadline", deadline=None)  # on a busy machine any example can take long
 settings.load_profile("no deadline")
