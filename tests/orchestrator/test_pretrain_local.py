@@ -501,7 +501,10 @@ def test_images_without_labels(kind: str, store: Store, tmp_path: Path) -> None:
     assert ended.code == 0, ended.output
     assert len(bad_samples(ended.folder)) == 3
     curves = read_curves(ended.folder)
-    assert not [name for name in curves if name.startswith("eval/")]
+    scores = {"eval/rankme", "eval/lidar", "eval/alpha_req"}
+    assert {name for name in curves if name.startswith("eval/")} == {*scores, "eval/unreadable_images"}
+    assert all([step for step, _ in curves[name]] == [0, 8] for name in scores)
+    assert len(list(ended.folder.glob("pictures/step_00000008/*.png"))) == 3
     assert [step for step, _ in curves["train/loss"]] == list(range(8))
     assert store.mlflow_run(ended.folder).info.status == "FINISHED"
     if kind == "folder":
