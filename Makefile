@@ -35,7 +35,7 @@ demo: setup
 
 # The whole suite starts two processes, which take file after file; a few tests are done before a second one is there.
 test: setup
-	$(BIN)/python -m pytest $(or $(ARGS),-n $(PROCESSES) --dist=loadfile)
+	$(BIN)/python -m pytest $(or $(ARGS),-n $(PROCESSES) --dist=loadfile --no-loadscope-reorder)
 
 lint: ruff mypy imports
 

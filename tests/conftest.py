@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from pathlib import Path
 
@@ -20,8 +21,28 @@ os.environ |= {
 for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
     os.environ.pop(name, None)
 
+# Processes that tests start by the method "forkserver" are forked from one that has imported these once for all.
+multiprocessing.set_forkserver_preload(
+    [
+        "torch",
+        "timm",
+        "pytest",
+        "dino_core.train",
+        "orchestrator.data.bad_samples",
+        "mlflow.store.tracking.sqlalchemy_store",
+    ]
+)
+
 settings.register_profile("no deadline", deadline=None)  # on a busy machine any example can take long
 settings.load_profile("no deadline")
+
+
+@pytest.hookimpl(trylast=True)  # after deselection
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With several processes the files with Ray come first: they take minutes, and short files fill the end evenly."""
+    if hasattr(config, "workerinput"):
+        with_ray = {item.path for item in items if item.get_closest_marker("ray")}
+        items.sort(key=lambda item: item.path not in with_ray)
 
 
 @pytest.fixture(scope="session")

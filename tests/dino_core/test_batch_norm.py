@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-import multiprocessing
 import warnings
 from pathlib import Path
 
@@ -51,7 +50,6 @@ def one_rank(index: int, folder: str) -> None:
 
 
 def test_fused_batch_norms_of_two_processes_are_those_of_one(tmp_path):
-    multiprocessing.set_forkserver_preload(["torch", "timm", "dino_core.train"])
     mp.start_processes(one_rank, args=(str(tmp_path),), nprocs=2, start_method="forkserver")
     first, second = (torch.load(Path(tmp_path, f"{index}.pt"), weights_only=True) for index in range(2))
     threads = torch.get_num_threads()

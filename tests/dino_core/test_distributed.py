@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
 import warnings
 from pathlib import Path
 from typing import Any
@@ -121,8 +120,6 @@ def one_rank(index: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
-    # one server imports torch and timm for both, which takes longer than all the rest
-    multiprocessing.set_forkserver_preload(["torch", "timm", "dino_core.train"])
     mp.start_processes(one_rank, args=(str(folder),), nprocs=2, start_method="forkserver")
     return [torch.load(Path(folder, f"{index}.pt"), weights_only=True) for index in range(2)]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import multiprocessing
 import time
 import warnings
 from pathlib import Path
@@ -147,8 +146,6 @@ def one_rank(index: int, folder: str) -> None:
 
 def test_all_ranks_count_each_once_and_stop_together(tmp_path: Path) -> None:
     make_split(tmp_path / "images")
-    # One server imports torch for both, which takes longer than all the rest.
-    multiprocessing.set_forkserver_preload(["pytest", "orchestrator.data.bad_samples"])
     mp.start_processes(one_rank, args=(str(tmp_path),), nprocs=2, start_method="forkserver")
     said = [(tmp_path / f"{index}.txt").read_text() for index in range(2)]
     assert said[0] == said[1]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import logging
 import math
-import multiprocessing
 import threading
 import time
 import warnings
@@ -367,7 +366,6 @@ def one_rank(index: int, folder: str) -> None:
 
 
 def test_two_processes_find_what_one_does(tmp_path: Path) -> None:
-    multiprocessing.set_forkserver_preload(["torch", "timm", "dino_core.train"])
     torch.multiprocessing.start_processes(  # type: ignore[attr-defined]
         one_rank, args=(str(tmp_path),), nprocs=2, start_method="forkserver"
     )
