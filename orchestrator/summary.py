@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +10,18 @@ from rich.console import Console
 
 from orchestrator.compare import KNN_METRIC, Comparison, compare, render, rich_tables
 from orchestrator.data.sources import DIGITS
-from orchestrator.records import BAD_SAMPLES_FILE, REPORT_FILE, SWEEP_FILE, read_json, read_lines
+from orchestrator.records import (
+    BAD_SAMPLES_FILE,
+    COMPARISON_FILES,
+    LEDGER_FILE,
+    REPORT_FILE,
+    SUMMARY_FILE,
+    SWEEP_FILE,
+    Journal,
+    read_json,
+    read_lines,
+    write_json,
+)
 from orchestrator.report import SMOKE_TEST, write_report
 from orchestrator.tracking import Target
 from orchestrator.trials import Mode, TrialSummary, load_from_disk
@@ -55,7 +67,11 @@ class Summary:
         return cls(folder, comparison, baselines(trials, comparison), tuple(notes), target.open_command())
 
     def write_report(self) -> Path:
-        """Write the self-contained HTML report into the folder."""
+        """Write the self-contained HTML report into the folder; of a sweep, also what MLflow's parent run shows."""
+        if (self.folder / SWEEP_FILE).exists():
+            for form, name in COMPARISON_FILES.items():
+                (self.folder / name).write_text(render(self.comparison, form), encoding="utf-8")
+            self._write_sweep_summary()
         return write_report(
             self.folder / REPORT_FILE,
             self.comparison,
@@ -64,6 +80,20 @@ class Summary:
             notes=self.notes,
             commands={"Open MLflow": self.open_command},
         )
+
+    def _write_sweep_summary(self) -> None:
+        """The best trial as tags, its value and how trials ended as metrics, by the number of events so far."""
+        ends = Counter(row.trial.status for row in self.comparison.rows)
+        metrics = {f"trials/{end}": float(ends[end]) for end in ("finished", "stopped", "failed", "interrupted")}
+        best = next((row for row in self.comparison.rows if row.value is not None), None)
+        tags = {"metric": self.comparison.metric, "mode": self.comparison.mode}
+        if best is not None and best.value is not None:
+            metrics[f"best/{self.comparison.metric}"] = best.value
+            tags |= {"best_trial": best.trial.name, "best_run": best.trial.run_id, "best_health": best.trial.health}
+        write_json(self.folder / SUMMARY_FILE, tags)
+        journal = Journal(self.folder)
+        journal.log(sum(1 for _ in read_lines(self.folder / LEDGER_FILE)), metrics)
+        journal.close()
 
     def print(self) -> None:
         """The ranked trials beside the baselines, and where to look next."""

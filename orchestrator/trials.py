@@ -177,7 +177,7 @@ def load_from_mlflow(experiment: str, uri: str | None = None) -> list[TrialSumma
     target = tracking.Target.of(TrackingConfig(uri=uri))
     if target.uri.startswith("sqlite:///") and not Path(target.uri.removeprefix("sqlite:///")).is_file():
         raise CompareError(
-            f"{experiment}: no such folder of a run or sweep, and no MLflow store at {target.uri} yet; "
+            f"{experiment}: no such folder of a run or sweep, and no MLflow store at {target.shown} yet; "
             "the first run creates it"
         )
     from mlflow.exceptions import MlflowException
@@ -191,7 +191,7 @@ def load_from_mlflow(experiment: str, uri: str | None = None) -> list[TrialSumma
         parents = {run.data.tags.get("mlflow.parentRunId") for run in runs}
         trials = [_read_mlflow_run(client, run) for run in runs if not _is_parent(run, parents)]
     except MlflowException as error:
-        raise CompareError(f"cannot read experiment {experiment!r} from {target.uri}: {error.message}") from error
+        raise CompareError(f"cannot read experiment {experiment!r} from {target.shown}: {error.message}") from error
     if not trials:
         raise CompareError(f"experiment {experiment!r} has no runs yet")
     return trials

@@ -19,6 +19,7 @@ from orchestrator.config import Launcher, RunConfig
 from orchestrator.errors import RunFailed
 from orchestrator.overrides import override
 from orchestrator.records import CHECKPOINTS_DIR, RUN_FILE, Journal, RunRecord, write_json
+from orchestrator.system_metrics import recorded_machine
 
 if TYPE_CHECKING:
     from dino_core.crops import MultiCrop
@@ -76,7 +77,8 @@ def run_worker(run_dir: Path, place: Place, report: Report) -> None:
     config = override(RunConfig(), RunRecord.read(run_dir).config)
     torch.set_num_threads(config.cluster.cpus_per_worker)
     try:
-        _train(run_dir, config, place, report)
+        with recorded_machine(run_dir, place):
+            _train(run_dir, config, place, report)
     except (
         *(ConfigError, RunFailed, NonFiniteLossError, CheckpointError),
         *(TooManyBadSamples, torch.OutOfMemoryError),
