@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging.handlers
 import multiprocessing
+import os
 import shutil
 import threading
 import time
@@ -16,14 +17,19 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
 
+import mlflow
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
-from orchestrator.config import TrackingConfig
+from dino_core.checkpoint import verify_checkpoint
+from orchestrator import cli
+from orchestrator.config import RunConfig, TrackingConfig
 from orchestrator.delivery import Delivery
-from orchestrator.records import Journal, Ledger, RunRecord, write_json
+from orchestrator.overrides import flatten, override
+from orchestrator.records import Event, Journal, Ledger, RunRecord, write_json
+from orchestrator.summary import Summary
 from orchestrator.tracking import Target, connect, deliver, ensure_experiment
 from tests.orchestrator.servers import MlflowServer, SlowProxy, wait_until
 
@@ -282,3 +288,129 @@ def test_answers_that_come_too_late_make_no_second_run(
         ledger.record(record.run_id, "finished")
         deliver(client, folder, "late", target)
     check_complete(client, "late", {"late": 0}, 10)
+
+
+TINY_VIT = {
+    "pretrain.batch_size": 4,
+    "pretrain.steps": 8,
+    "pretrain.model.backbone": "vit_tiny_patch16_224",
+    "pretrain.model.patch_size": 8,
+    "pretrain.model.embed_dim": 12,
+    "pretrain.model.depth": 1,
+    "pretrain.model.num_heads": 2,
+    "pretrain.head.num_prototypes": 8,
+    "pretrain.head.hidden_dim": 8,
+    "pretrain.head.bottleneck_dim": 4,
+    "pretrain.crops.num_local_crops": 0,
+    "pretrain.crops.global_size": 16,
+    "tracking.checkpoints": "last",
+}
+
+
+@pytest.fixture(scope="module")
+def finished_sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three trials with a checkpoint each: a good one, a better one that failed, and a worse one."""
+    from dino_core.checkpoint import save_checkpoint
+    from dino_core.train import TrainState
+
+    folder = tmp_path_factory.mktemp("storage") / "swept"
+    config = override(RunConfig(), TINY_VIT)
+    definition = {"sweep": "s", "recipe": "r", "experiment": "registered", "space": {}, "seeds": 1}
+    ends: dict[str, tuple[float, Event]] = {
+        "good": (70.0, "finished"),
+        "best": (80.0, "failed"),
+        "bad": (60.0, "finished"),
+    }
+    definition |= {"metric": "eval/knn_top1", "mode": "max", "trials": [{"trial_id": trial} for trial in ends]}
+    write_json(folder / "sweep.json", definition)
+    with closing(Ledger(folder)) as ledger:
+        ledger.record("swept", "started")
+        for seed, (trial, (knn, end)) in enumerate(ends.items()):
+            run_dir = folder / "trials" / trial
+            RunRecord(
+                run_id=f"swept.{trial}",
+                experiment="registered",
+                recipe="r",
+                seed=seed,
+                config=flatten(config) | {"pretrain.seed": seed},
+                data_digest="d" * 32,
+                sweep="swept",
+            ).write(run_dir)
+            ledger.record(f"swept.{trial}", "started")
+            with closing(Journal(run_dir)) as journal:
+                journal.log(8, {"eval/knn_top1": knn})
+            state = TrainState.create(override(config, {"pretrain.seed": seed}).pretrain, 16)
+            state.step = 8
+            save_checkpoint(state, run_dir / "checkpoints")
+            ledger.record(f"swept.{trial}", end)
+        Summary.of(folder, Target.of(TrackingConfig())).write_report()
+        ledger.record("swept", "failed", "best")
+    return folder
+
+
+@pytest.fixture(params=["a SQLite file", "a server with PostgreSQL"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "a SQLite file":
+        return f"sqlite:///{tmp_path / 'mlflow.db'}"
+    server: MlflowServer = request.getfixturevalue("mlflow_server")
+    if not server.is_up():
+        server.start()
+    return server.uri
+
+
+def test_the_best_healthy_trial_is_registered_and_loads(
+    store: str, finished_sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import timm
+    import torch
+    from safetensors.torch import load_file
+
+    storage = tmp_path / "storage"
+    shutil.copytree(finished_sweep, storage / "swept")
+    arguments = ["register", "swept", "tiny-vit", f"cluster.storage={storage}", f"tracking.uri={store}"]
+    assert cli.main(arguments) == 0
+    assert "good registered as version 1 of the model tiny-vit" in capsys.readouterr().out
+    assert cli.main(arguments) == 0
+    assert "good is already version 1 of the model tiny-vit" in capsys.readouterr().out
+
+    client = MlflowClient(store)
+    (version,) = client.search_model_versions("name = 'tiny-vit'")
+    runs = {run.info.run_name: run for run in runs_of(client, "registered")}
+    assert version.run_id == runs["good"].info.run_id
+    expected = {"metric": "eval/knn_top1", "value": "70.0", "value_step": "8", "data_digest": "d" * 32}
+    assert expected.items() <= version.tags.items()
+    copy = client.download_artifacts(version.run_id, "backbone/step_00000008", str(tmp_path))
+    by_address = mlflow.artifacts.download_artifacts(
+        "models:/tiny-vit/1", dst_path=str(tmp_path / "copy"), tracking_uri=store, registry_uri=store
+    )
+    assert (
+        sorted(os.listdir(by_address)) == sorted(os.listdir(copy)) == ["README.md", "config.json", "model.safetensors"]
+    )
+    model = timm.create_model(f"local-dir:{by_address}", pretrained=True).eval()
+    trained = load_file(finished_sweep / "trials" / "good" / "checkpoints" / "step_00000008" / "model.safetensors")
+    weights = model.state_dict()
+    assert weights and all(torch.equal(weights[name], trained[f"teacher.backbone.{name}"]) for name in weights)
+
+    checkpoints = {
+        name: [a.path for a in client.list_artifacts(run.info.run_id, "checkpoints")] for name, run in runs.items()
+    }
+    assert checkpoints == {
+        "swept": [],
+        "good": ["checkpoints/step_00000008"],
+        "bad": ["checkpoints/step_00000008"],
+        "best": [],  # it did not end well
+    }
+    whole = client.download_artifacts(version.run_id, "checkpoints/step_00000008", str(tmp_path))
+    verify_checkpoint(Path(whole))
+
+    parent = runs["swept"]
+    assert parent.data.metrics == {
+        "best/eval/knn_top1": 80.0,
+        "trials/finished": 2.0,
+        "trials/failed": 1.0,
+        "trials/stopped": 0.0,
+        "trials/interrupted": 0.0,
+    }
+    assert parent.data.tags["best_trial"] == "best"
+    files = {artifact.path for artifact in client.list_artifacts(parent.info.run_id)}
+    assert files == {"sweep.json", "report.html", "comparison.md", "comparison.csv"}
