@@ -30,6 +30,7 @@ from orchestrator.records import METRICS_FILE, SYSTEM_FILE, Event, read_lines, w
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Run
 
 T = TypeVar("T")
 
@@ -289,13 +290,14 @@ class _Sending:
         from mlflow.entities import ViewType
 
         found = self._same_runs(run, ViewType.ACTIVE_ONLY) or self._same_runs(run, ViewType.DELETED_ONLY)
-        return Delivered(self._target.shown, found[0], doubtful) if found else None
+        if not found:
+            return None
+        return Delivered(self._target.shown, found[0].info.run_id, doubtful, found[0].info.status)
 
-    def _same_runs(self, run: MlflowRun, view: int) -> list[str]:
+    def _same_runs(self, run: MlflowRun, view: int) -> list[Run]:
         experiment_id = ensure_experiment(self._client, self._experiment, self._target)
         query = f"tags.`{RUN_ID_TAG}` = '{unique_name(run.folder)}'"
-        found = self._client.search_runs([experiment_id], query, view)
-        return [one.info.run_id for one in found]
+        return list(self._client.search_runs([experiment_id], query, view))
 
     def _create(self, run: MlflowRun, *, doubtful: bool) -> Delivered:
         state = Delivered(self._target.shown, doubtful=doubtful)
@@ -424,9 +426,9 @@ class _Sending:
         """What a server made of a call that it had seemed to fail; nothing was ever sent to it."""
         from mlflow.entities import ViewType
 
-        for run_id in self._same_runs(run, ViewType.ACTIVE_ONLY):
-            if run_id != state.run_id:
-                self.write(self._client.delete_run, run_id)
+        for other in self._same_runs(run, ViewType.ACTIVE_ONLY):
+            if other.info.run_id != state.run_id:
+                self.write(self._client.delete_run, other.info.run_id)
         state.doubtful = False
         state.save(run.folder)
 

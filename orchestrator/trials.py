@@ -30,6 +30,7 @@ ENTROPY = "train/teacher_entropy"
 _PRETRAIN = "pretrain."
 
 _STATUS_OF_MLFLOW = {"FINISHED": "finished", "FAILED": "failed", "KILLED": "interrupted", "RUNNING": "running"}
+_SYSTEM = "system/"
 _MLFLOW_INFINITY = 1.7976931348623157e308  # what MLflow stores in place of infinity
 
 
@@ -222,6 +223,8 @@ def _read_mlflow_run(client: MlflowClient, run: Run) -> TrialSummary:
     params = dict(run.data.params)
     curves = {}
     for metric in run.data.metrics:
+        if metric.startswith(_SYSTEM):  # of the machine, and by the clock rather than by steps
+            continue
         points = {point.step: point.value for point in client.get_metric_history(run.info.run_id, metric)}
         curves[metric] = sorted(
             (step, math.copysign(math.inf, value) if abs(value) >= _MLFLOW_INFINITY else value)

@@ -17,6 +17,7 @@ from dino_core.config import ConfigError
 from orchestrator.config import TrackingConfig
 from orchestrator.records import AppendOnly, Journal, Ledger, RunRecord, read_lines, write_json
 from orchestrator.tracking import RUN_ID_TAG, Target, connect, deliver
+from orchestrator.trials import load_from_mlflow
 
 
 @pytest.fixture(scope="module")
@@ -224,6 +225,8 @@ def test_system_metrics_and_pictures_arrive_once(
     assert [a.path for a in client.list_artifacts(run_id, "pictures/step_00000500")] == [
         "pictures/step_00000500/attention.png"
     ]
+    (trial,) = load_from_mlflow("pictures", target.uri)
+    assert trial.curves == {"train/loss": [(7, 1.0)]}, "a comparison is of what was trained, by its steps"
     before = json.loads((folder / "mlflow.json").read_text())
     deliver(client, folder, "pictures", target)
     assert json.loads((folder / "mlflow.json").read_text()) == before, "nothing was new"
