@@ -43,13 +43,14 @@ class Delivery(threading.Thread):
             ending = self._ending.is_set()
             try:
                 client = client or connect(self._target)
-                # What ends a run must not wait behind the metrics of a pass that began before.
-                hurry = partial(lambda began_before: began_before and self._ending.is_set(), not ending)
+                hurry = partial(self._must_hurry, began_before=not ending)
                 left_out = deliver(client, self._folder, self._experiment, self._target, hurry, first=first)
                 first = False
                 self._tell_once(left_out)
                 self.problem, pause = (left_out[0] if left_out else None), self._every_s
                 if ending:
+                    if self._must_hurry(began_before=False):
+                        self.problem = f"{self._target.shown} is too slow"
                     return
             except Exception as error:  # noqa: BLE001 - whatever MLflow or the network raise must not end a run
                 self._note_failure(error)
@@ -58,6 +59,11 @@ class Delivery(threading.Thread):
                 return
             self._wake.wait(ENDING_PAUSE_S if ending else pause)
             self._wake.clear()
+
+    def _must_hurry(self, *, began_before: bool) -> bool:
+        """Whether what a pass has not sent is left to the next: what ends a run must not wait behind the metrics of a
+        pass that began before, and nothing goes on after the deadline, for another driver may have taken over."""
+        return (began_before and self._ending.is_set()) or time.monotonic() > self._deadline
 
     def _tell_once(self, texts: list[str]) -> None:
         for text in texts:

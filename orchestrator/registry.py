@@ -162,14 +162,11 @@ def register_best(folder: Path, model: str, target: Target) -> Registered:
     """
     from orchestrator.summary import Summary
 
-    comparison = Summary.of(folder, target).comparison
-    is_sweep = (folder / SWEEP_FILE).exists()
-    best = next((row for row in comparison.rows if _qualifies(row, is_sweep)), None)
+    summary = Summary.of(folder, target)
+    best, metric = summary.best, summary.comparison.metric
     if best is None:
-        raise RunFailed(
-            f"{folder.name}: no trial to register: none finished healthy with a value of {comparison.metric}"
-        )
-    run_dir = folder / TRIALS_DIR / best.trial.name if is_sweep else folder
+        raise RunFailed(f"{folder.name}: nothing to register: none finished healthy with a value of {metric}")
+    run_dir = folder / TRIALS_DIR / best.trial.name if (folder / SWEEP_FILE).exists() else folder
     deliver_all(folder, target)
     state = Delivered.load(run_dir, target)
     assert state is not None, "it was delivered"
@@ -191,15 +188,8 @@ def register_best(folder: Path, model: str, target: Target) -> Registered:
         except (ExportError, CheckpointError) as error:
             raise RunFailed(f"{best.trial.name}: {error}") from error
         client.log_artifacts(state.run_id, str(Path(temporary) / checkpoint.name), place)
-        version = _create_version(
-            client, model, state.run_id, place, _tags(best, run_dir, checkpoint, comparison.metric)
-        )
+        version = _create_version(client, model, state.run_id, place, _tags(best, run_dir, checkpoint, metric))
     return Registered(model, version, best.trial.name, is_new=True)
-
-
-def _qualifies(row: Row, is_sweep: bool) -> bool:
-    """A single run need not have been evaluated."""
-    return row.trial.status == "finished" and not row.trial.diagnosis.is_bad and (row.value is not None or not is_sweep)
 
 
 def _tags(best: Row, run_dir: Path, checkpoint: Path, metric: str) -> dict[str, str]:

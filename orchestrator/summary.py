@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from orchestrator.compare import KNN_METRIC, Comparison, compare, render, rich_tables
+from orchestrator.compare import KNN_METRIC, Comparison, Row, compare, render, rich_tables
 from orchestrator.data.sources import DIGITS
 from orchestrator.records import (
     BAD_SAMPLES_FILE,
@@ -66,6 +66,15 @@ class Summary:
             notes.append(f"Unreadable images were skipped: {count}, listed in {path}.")
         return cls(folder, comparison, baselines(trials, comparison), tuple(notes), target.open_command())
 
+    @property
+    def best(self) -> Row | None:
+        """The first of the comparison that finished and is healthy; of a sweep, only one with a value of the metric."""
+        is_sweep = (self.folder / SWEEP_FILE).exists()
+        for row in self.comparison.rows:
+            if row.trial.status == "finished" and not row.trial.diagnosis.is_bad:
+                return row if row.value is not None or not is_sweep else None
+        return None
+
     def write_report(self) -> Path:
         """Write the self-contained HTML report into the folder; of a sweep, also what MLflow's parent run shows."""
         if (self.folder / SWEEP_FILE).exists():
@@ -85,11 +94,11 @@ class Summary:
         """The best trial as tags, its value and how trials ended as metrics, by the number of events so far."""
         ends = Counter(row.trial.status for row in self.comparison.rows)
         metrics = {f"trials/{end}": float(ends[end]) for end in ("finished", "stopped", "failed", "interrupted")}
-        best = next((row for row in self.comparison.rows if row.value is not None), None)
+        best = self.best
         tags = {"metric": self.comparison.metric, "mode": self.comparison.mode}
         if best is not None and best.value is not None:
             metrics[f"best/{self.comparison.metric}"] = best.value
-            tags |= {"best_trial": best.trial.name, "best_run": best.trial.run_id, "best_health": best.trial.health}
+            tags |= {"best_trial": best.trial.name, "best_run": best.trial.run_id}
         write_json(self.folder / SUMMARY_FILE, tags)
         journal = Journal(self.folder)
         journal.log(sum(1 for _ in read_lines(self.folder / LEDGER_FILE)), metrics)

@@ -21,6 +21,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -287,27 +288,30 @@ class _Sending:
 
     def _find(self, run: MlflowRun, *, doubtful: bool) -> Delivered | None:
         """A driver that died between creating a run and noting its id left one that is found by its tag."""
-        from mlflow.entities import ViewType
-
-        found = self._same_runs(run, ViewType.ACTIVE_ONLY) or self._same_runs(run, ViewType.DELETED_ONLY)
+        # One that is deleted may be a double of one that is not.
+        found = sorted(self._same_runs(run), key=lambda same: same.info.lifecycle_stage == "deleted")
         if not found:
             return None
         return Delivered(self._target.shown, found[0].info.run_id, doubtful, found[0].info.status)
 
-    def _same_runs(self, run: MlflowRun, view: int) -> list[Run]:
-        experiment_id = ensure_experiment(self._client, self._experiment, self._target)
+    def _same_runs(self, run: MlflowRun) -> list[Run]:
+        from mlflow.entities import ViewType
+
         query = f"tags.`{RUN_ID_TAG}` = '{unique_name(run.folder)}'"
-        return list(self._client.search_runs([experiment_id], query, view))
+        return list(self._client.search_runs([self._experiment_id], query, ViewType.ALL))
+
+    @cached_property
+    def _experiment_id(self) -> str:
+        return ensure_experiment(self._client, self._experiment, self._target)
 
     def _create(self, run: MlflowRun, *, doubtful: bool) -> Delivered:
         state = Delivered(self._target.shown, doubtful=doubtful)
         state.save(run.folder)
-        tags = self._all_tags(run) | {RUN_ID_TAG: unique_name(run.folder), "mlflow.user": os.environ.get("USER", "")}
         made = self.write(
             self._client.create_run,
-            ensure_experiment(self._client, self._experiment, self._target),
+            self._experiment_id,
             start_time=int(run.started_at * 1000),
-            tags=tags,
+            tags=self._all_tags(run) | {RUN_ID_TAG: unique_name(run.folder), "mlflow.user": os.environ.get("USER", "")},
             run_name=run.name,
         )
         state.run_id, state.tags = made.info.run_id, self._all_tags(run)
@@ -424,10 +428,8 @@ class _Sending:
 
     def _remove_doubles(self, run: MlflowRun, state: Delivered) -> None:
         """What a server made of a call that it had seemed to fail; nothing was ever sent to it."""
-        from mlflow.entities import ViewType
-
-        for other in self._same_runs(run, ViewType.ACTIVE_ONLY):
-            if other.info.run_id != state.run_id:
+        for other in self._same_runs(run):
+            if other.info.run_id != state.run_id and other.info.lifecycle_stage != "deleted":
                 self.write(self._client.delete_run, other.info.run_id)
         state.doubtful = False
         state.save(run.folder)
