@@ -23,7 +23,6 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
-from dino_core.checkpoint import verify_checkpoint
 from orchestrator import cli
 from orchestrator.config import RunConfig, TrackingConfig
 from orchestrator.delivery import Delivery
@@ -367,6 +366,8 @@ def test_the_best_healthy_trial_is_registered_and_loads(
     import timm
     import torch
     from safetensors.torch import load_file
+
+    from dino_core.checkpoint import verify_checkpoint
 
     storage = tmp_path / "storage"
     shutil.copytree(finished_sweep, storage / "swept")
