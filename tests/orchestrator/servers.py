@@ -45,7 +45,18 @@ def running_postgres() -> Iterator[str]:
     if os.geteuid() == 0:  # as which it refuses to run
         shutil.chown(folder, "postgres", "postgres")
         owner |= {"user": "postgres", "group": "postgres", "extra_groups": []}
-    make = [POSTGRESQL / "initdb", "-D", folder / "data", "-U", "mlflow", "--auth=trust", "--no-sync", "--locale=C"]
+    make = [
+        POSTGRESQL / "initdb",
+        "-D",
+        folder / "data",
+        "-U",
+        "mlflow",
+        "--auth=trust",
+        "--no-sync",
+        "--locale=C",
+        "-E",
+        "UTF8",
+    ]
     subprocess.run(make, check=True, capture_output=True, **owner)
     command = [
         POSTGRESQL / "postgres",
@@ -87,7 +98,7 @@ class MlflowServer:
         log = self._folder / "server.log"
         with log.open("ab") as file:
             self._process = subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
-        wait_until(self.is_up, 240, "the MLflow server does not answer", log)
+        wait_until(self.is_up, 280, "the MLflow server does not answer", log)
 
     def is_up(self) -> bool:
         try:
