@@ -98,7 +98,11 @@ class MlflowServer:
         log = self._folder / "server.log"
         with log.open("ab") as file:
             self._process = subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
-        wait_until(self.is_up, 280, "the MLflow server does not answer", log)
+        try:
+            wait_until(self.is_up, 280, "the MLflow server does not answer", log)
+        except AssertionError:
+            self.kill()
+            raise
 
     def is_up(self) -> bool:
         try:
