@@ -39,12 +39,13 @@ ENVIRONMENT_FILE = "environment.json"
 REPORT_FILE = "report.html"
 SUMMARY_FILE = "summary.json"
 COMPARISON_FILES: dict[Literal["markdown", "csv"], str] = {"markdown": "comparison.md", "csv": "comparison.csv"}
-PICTURES_DIR = "pictures"
 CHECKPOINTS_DIR = "checkpoints"
+PICTURES_DIR = "pictures"
 TRIALS_DIR = "trials"
 
 Event = Literal["started", "finished", "stopped", "failed", "interrupted"]
-"""`stopped`: ended early by the sweep's scheduler. `interrupted`: by the user or with the driver; it can be resumed."""
+"""`stopped`: ended early, by the sweep's scheduler or since it had collapsed. `interrupted`: by the user or with the
+driver; it can be resumed."""
 
 FINAL_EVENTS: frozenset[str] = frozenset({"finished", "stopped"})
 """Events after which a resumed sweep leaves a trial alone."""
@@ -162,8 +163,11 @@ class Ledger:
             ) from error
         self._file = AppendOnly(folder / LEDGER_FILE)
 
-    def record(self, run_id: str, event: Event, reason: str = "") -> None:
-        entry = {"time": time.time(), "run": run_id, "event": event, "reason": reason}
+    def record(self, run_id: str, event: Event, reason: str = "", numbers: Mapping[str, float] | None = None) -> None:
+        """Add an event; `numbers` are figures that belong to it, under the names of metrics."""
+        entry: dict[str, Any] = {"time": time.time(), "run": run_id, "event": event, "reason": reason}
+        if numbers:
+            entry["numbers"] = dict(numbers)
         self._file.append(entry, durable=True)
 
     def close(self) -> None:
@@ -178,13 +182,15 @@ class RunState:
     event: Event
     reason: str
     time: float
+    numbers: Mapping[str, float] = field(default_factory=dict)
+    """Figures of the event: `cost/device_hours_saved` of a run that was stopped early."""
 
 
 def read_states(folder: Path) -> dict[str, RunState]:
     """The newest state of each run that the ledger in `folder` names."""
     states = {}
     for _, entry in read_lines(folder / LEDGER_FILE):
-        states[entry["run"]] = RunState(entry["event"], entry["reason"], entry["time"])
+        states[entry["run"]] = RunState(entry["event"], entry["reason"], entry["time"], entry.get("numbers", {}))
     return states
 
 
@@ -211,6 +217,8 @@ class RunRecord:
     """The paper's numbers for this trial, by metric."""
     paper_setting: str = ""
     """What those numbers were measured with."""
+    stop_collapsed: bool = False
+    """Whether the run is ended when it has collapsed."""
     git_commit: str | None = None
     """With "-dirty" behind it if files differed."""
     data_digest: str | None = None

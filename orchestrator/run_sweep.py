@@ -11,12 +11,13 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dino_core.config import ConfigError
 from orchestrator.config import RunConfig
 from orchestrator.data.shelf import num_streams, shelf_for_trials
 from orchestrator.launch import trial_resources, tune_trial
+from orchestrator.metric_choice import KNN, choice_for_sweep
 from orchestrator.overrides import flatten, override
 from orchestrator.preflight import open_sources
 from orchestrator.progress import RunProgress
@@ -48,14 +49,12 @@ from orchestrator.runs import (
     resume_command,
     resumed_record,
 )
+from orchestrator.schedulers import last_first_rung, make_scheduler, scheduler_notes
 from orchestrator.summary import Summary
 from orchestrator.supervisor import supervise
 from orchestrator.sweep import Sweep, expand
 from orchestrator.tracking import Target
 from orchestrator.worker import FAILURE_FILE
-
-if TYPE_CHECKING:
-    from ray.tune.schedulers import TrialScheduler
 
 
 @dataclass(frozen=True)
@@ -144,11 +143,17 @@ def resume_sweep(name: str, changes: Mapping[str, Any] | None = None, storage: s
 def _write_plan(sweep: Sweep) -> _Plan:
     trials = expand(sweep)
     sources = open_sources(trial.config for trial in trials)
-    if sweep.metric.startswith("eval/") and sweep.scheduler != "none":
+    choice = choice_for_sweep(
+        sweep.metric,
+        sweep.mode,
+        (trial.config for trial in trials),
+        has_labels=all(source.has_test_labels for source in sources.values()),
+    )
+    if choice.metric == KNN and sweep.scheduler != "none":
         for source in sources.values():
-            if source.test is None or source.test.labels is None or source.train.labels is None:
+            if not source.has_test_labels:
                 raise ConfigError(
-                    f"sweep.metric = {sweep.metric}: needs labels and a test split to stop trials by, but "
+                    f"sweep.metric = {choice.metric}: needs labels and a test split to stop trials by, but "
                     f"{source.describe()}"
                 )
     base = trials[0].config
@@ -170,15 +175,19 @@ def _write_plan(sweep: Sweep) -> _Plan:
             trial=trial,
             sweep=name,
             paper_setting=sweep.paper_setting,
+            stop_collapsed=sweep.stop_collapsed,
         )
-    if sweep.scheduler == "asha":
+    if sweep.grace_steps is not None and sweep.scheduler != "none":
         shortest = min(int(record.derived["total_steps"]) for record in records.values())
-        assert sweep.grace_steps is not None
-        if sweep.grace_steps >= shortest:
+        judged = last_first_rung(sweep.scheduler, sweep.grace_steps, sweep.reduction_factor, sweep.brackets)
+        if judged >= shortest:
+            what = "no trial" if sweep.brackets == 1 else f"no trial of bracket {sweep.brackets}, judged at {judged},"
             raise ConfigError(
-                f"sweep.grace_steps = {sweep.grace_steps}: no trial could be stopped; must be less than the "
+                f"sweep.grace_steps = {sweep.grace_steps}: {what} could be stopped; must be less than the "
                 f"{shortest} steps of a trial"
             )
+    for note in scheduler_notes(sweep.scheduler, (trial.config for trial in trials)):
+        print(note, flush=True)
     definition = {
         "sweep": sweep.name,
         "recipe": sweep.recipe,
@@ -188,11 +197,14 @@ def _write_plan(sweep: Sweep) -> _Plan:
         "paper_setting": sweep.paper_setting,
         "space": {key: list(values) for key, values in sweep.space.items()},
         "seeds": sweep.seeds,
-        "metric": sweep.metric,
-        "mode": sweep.mode,
+        "metric": choice.metric,
+        "mode": choice.mode,
+        "metric_why": choice.why,
         "scheduler": sweep.scheduler,
         "grace_steps": sweep.grace_steps,
         "reduction_factor": sweep.reduction_factor,
+        "brackets": sweep.brackets,
+        "stop_collapsed": sweep.stop_collapsed,
         "trials": [{"trial_id": t.trial_id, "changes": dict(t.changes), "seed": t.seed} for t in trials],
         "base": flatten(base),
     }
@@ -267,7 +279,7 @@ def _tune(plan: _Plan, open_trials: list[str], ledger: Ledger) -> None:
         tune.with_resources(tune_trial, trial_resources(config, launcher)),
         param_space={"run_dir": tune.grid_search(list(trials)), "launcher": launcher},
         tune_config=tune.TuneConfig(
-            scheduler=_scheduler(plan.definition, max(int(r.derived["total_steps"]) for r in trials.values())),
+            scheduler=make_scheduler(plan.definition, max(int(r.derived["total_steps"]) for r in trials.values())),
             max_concurrent_trials=concurrency,
             # A warm actor has torch imported already. A trial that only waits for a TorchTrainer cannot be reset.
             reuse_actors=launcher == "trial",
@@ -276,7 +288,7 @@ def _tune(plan: _Plan, open_trials: list[str], ledger: Ledger) -> None:
             name=f"attempt-{time.time_ns()}",
             storage_path=str(plan.folder / "tune"),
             failure_config=tune.FailureConfig(max_failures=config.cluster.max_failures),
-            callbacks=[LedgerCallback(ledger, trials)],
+            callbacks=[LedgerCallback(ledger, trials, plan.definition["scheduler"])],
             verbose=0,
         ),
     )
@@ -284,23 +296,3 @@ def _tune(plan: _Plan, open_trials: list[str], ledger: Ledger) -> None:
         tuner.fit()
         if shared_crops is not None:
             print(shared_crops.report(), flush=True)
-
-
-def _scheduler(definition: Mapping[str, Any], longest: int) -> TrialScheduler | None:
-    """Tune's scheduler for `Sweep.scheduler`; None runs every trial to its end.
-
-    ASHA counts in our own optimiser steps: Tune's `training_iteration` starts again when a trial is restarted.
-    """
-    if definition["scheduler"] == "none":
-        return None
-    from ray.tune.schedulers import ASHAScheduler
-
-    return ASHAScheduler(
-        time_attr="step",
-        metric=definition["metric"],
-        mode=definition["mode"],
-        grace_period=definition["grace_steps"],
-        reduction_factor=definition["reduction_factor"],
-        # A trial ends by itself; at max_t ASHA would cut its last evaluation off.
-        max_t=longest + 1,
-    )

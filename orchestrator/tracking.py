@@ -221,7 +221,7 @@ def deliver(
         sending.find_or_create(run)
     changed = [run for run in runs if sending.apart(run, sending.status)]
     for run in changed:
-        sending.apart(run, sending.tags)
+        sending.apart(run, sending.end)
     for run in runs:
         for part in (sending.params, sending.tags, sending.inputs, sending.metrics, sending.system, sending.files):
             if hurry():
@@ -329,9 +329,19 @@ class _Sending:
             self.write(self._client.update_run, state.run_id, status=status)
         else:
             self.write(self._client.set_terminated, state.run_id, status, int(run.state.time * 1000))
-        state.status = status
-        state.save(run.folder)
+        state.status = status  # noted on disk by `end`
         return True
+
+    def end(self, run: MlflowRun, state: Delivered) -> None:
+        """What belongs to a status: why, and figures such as the hours that an early stop saved."""
+        from mlflow.entities import Metric
+
+        moment = int(run.state.time * 1000)  # sent twice, a point of the same time is kept once
+        numbers = [Metric(name, value, moment, 0) for name, value in run.state.numbers.items()]
+        if numbers:
+            self.write(self._client.log_batch, state.run_id, metrics=numbers)
+        self.tags(run, state)
+        state.save(run.folder)
 
     def tags(self, run: MlflowRun, state: Delivered) -> None:
         """Those that are new or have changed."""

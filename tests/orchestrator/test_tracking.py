@@ -15,9 +15,9 @@ from mlflow.entities import Run
 
 from dino_core.config import ConfigError
 from orchestrator.config import TrackingConfig
+from orchestrator.mlflow_trials import read_trials
 from orchestrator.records import AppendOnly, Journal, Ledger, RunRecord, read_lines, write_json
 from orchestrator.tracking import RUN_ID_TAG, Target, connect, deliver
-from orchestrator.trials import load_from_mlflow
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +130,8 @@ def test_a_sweep_is_a_parent_with_children_and_their_ends(
     ledger.record("sweep-a", "started")
     for record, event in zip(records[:4], ("finished", "stopped", "failed", "interrupted"), strict=True):
         ledger.record(record.run_id, "started")
-        ledger.record(record.run_id, event, "a reason" if event != "finished" else "")
+        numbers = {"cost/device_hours_saved": 0.5} if event == "stopped" else None
+        ledger.record(record.run_id, event, "a reason" if event != "finished" else "", numbers)
     ledger.record("sweep-a", "failed", "t2")
     deliver(client, folder, "family", target)
     runs = runs_of(client, "family")
@@ -144,6 +145,7 @@ def test_a_sweep_is_a_parent_with_children_and_their_ends(
         "t3": "KILLED",
     }
     assert runs["t1"].data.tags["ended"] == "stopped"
+    assert runs["t1"].data.metrics == {"cost/device_hours_saved": 0.5}
     assert runs["t2"].data.tags["reason"] == "a reason"
     assert parent.info.status == "FAILED"
     ledger.record(records[3].run_id, "started")
@@ -225,7 +227,7 @@ def test_system_metrics_and_pictures_arrive_once(
     assert [a.path for a in client.list_artifacts(run_id, "pictures/step_00000500")] == [
         "pictures/step_00000500/attention.png"
     ]
-    (trial,) = load_from_mlflow("pictures", target.uri)
+    (trial,) = read_trials("pictures", target.uri)
     assert trial.curves == {"train/loss": [(7, 1.0)]}, "a comparison is of what was trained, by its steps"
     before = json.loads((folder / "mlflow.json").read_text())
     deliver(client, folder, "pictures", target)

@@ -130,8 +130,8 @@ class GrowingSweep:
 
     def __init__(self, folder: Path, trials: list[str]) -> None:
         self.folder, self.trials = folder, trials
-        self.slowest_s = 0.0
-        """Longest that a step took to be recorded."""
+        self.seconds: list[float] = []
+        """How long each step took to be recorded."""
         self.num_steps = 0
         definition = {"sweep": "s", "recipe": "quickstart", "space": {}, "seeds": 1, "metric": "train/loss"}
         write_json(folder / "sweep.json", definition | {"trials": [{"trial_id": trial} for trial in trials]})
@@ -155,7 +155,7 @@ class GrowingSweep:
                 for i, (run_dir, journal) in enumerate(zip(run_dirs, journals, strict=True)):
                     begin = time.perf_counter()
                     log_steps(journal, i, range(self.num_steps, self.num_steps + 1), 0.0)
-                    self.slowest_s = max(self.slowest_s, time.perf_counter() - begin)
+                    self.seconds.append(time.perf_counter() - begin)
                     if self.num_steps % 200 == 0:
                         picture = run_dir / "pictures" / f"step_{self.num_steps:08}" / "crops.png"
                         picture.parent.mkdir(parents=True)
@@ -214,7 +214,8 @@ def test_a_server_killed_under_a_running_sweep_loses_and_repeats_nothing(
     assert sweep.num_steps > steps_at_the_kill, "training waited"
     sweep.end()
     assert delivery.finish(120.0) is None
-    assert sweep.slowest_s < 1.0, "a step waited for the server"
+    # A busy machine can hold up any step; waiting for attempts would hold up many.
+    assert sorted(sweep.seconds)[-4] < 0.5, "steps waited for the server"
     check_complete(
         client, "killed", {trial: i for i, trial in enumerate(sweep.trials)}, sweep.num_steps, sweep.folder.name
     )
@@ -243,7 +244,7 @@ def test_a_slow_server_slows_no_step_and_no_end(slow_proxy: SlowProxy, grow: Cal
     steps = sweep.num_steps
     wait_until(lambda: slow_proxy.num_requests >= 5, 60, "nothing is sent")
     assert sweep.num_steps - steps > 50, "training waited"
-    assert sweep.slowest_s < 1.0
+    assert sorted(sweep.seconds)[-4] < 0.5
     begin = time.monotonic()
     assert delivery.finish(2.0) is not None, "it cannot be done yet, and nobody was told"
     assert time.monotonic() - begin < 10.0
