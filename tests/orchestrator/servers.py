@@ -99,7 +99,7 @@ class MlflowServer:
         with log.open("ab") as file:
             self._process = subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
         try:
-            wait_until(self.is_up, 280, "the MLflow server does not answer", log)
+            wait_until(self.is_up, 400, "the MLflow server does not answer", log)
         except AssertionError:
             self.kill()
             raise
