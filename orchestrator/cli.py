@@ -22,6 +22,7 @@ from orchestrator.errors import RunFailed
 
 if TYPE_CHECKING:
     from orchestrator.compare import Comparison
+    from orchestrator.run_sweep import SweepResult
     from orchestrator.sweep import Sweep
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -114,6 +115,12 @@ _method = click.option(
     help="Turn the recipe into this method (byol, swav, ...), before other changes.",
     shell_complete=lambda _ctx, _param, incomplete: _complete_methods(incomplete),
 )
+_register = click.option(
+    "--register",
+    "model",
+    metavar="MODEL",
+    help="When it is done, register the best backbone in MLflow as a version of MODEL.",
+)
 _dry_run = click.option(
     "--dry-run", is_flag=True, help="Check everything, print what would run and what it costs; start nothing."
 )
@@ -129,6 +136,7 @@ _calibrate = click.option(
 @_method
 @click.option("--local", is_flag=True, help="Train in this process, without Ray (short for cluster.launcher=local).")
 @click.option("--resume", "run", metavar="RUN_ID", help="Go on with an earlier run; needs no RECIPE.")
+@_register
 @_dry_run
 @_calibrate
 def pretrain(
@@ -138,6 +146,7 @@ def pretrain(
     method: str | None,
     local: bool,
     run: str | None,
+    model: str | None,
     dry_run: bool,
     calibrate: bool,
 ) -> None:
@@ -149,11 +158,12 @@ def pretrain(
     """
     _check_calibrate(dry_run, calibrate)
     recipe, changes = _name_and_changes(recipe, settings, config_file)
+    _check_model_name(model)
     if local and changes.setdefault("cluster.launcher", "local") != "local":
         raise ConfigError(f"cluster.launcher = {changes['cluster.launcher']}: must be local with --local")
     if run is not None:
         _refuse_with_resume({"--method": method, "--dry-run": dry_run})
-        _resume_run(run, recipe, changes)
+        _resume_run(run, recipe, changes, model)
         return
     if recipe is None:
         raise click.UsageError("Missing argument 'RECIPE'; `recipes` lists what there is.")
@@ -173,7 +183,7 @@ def pretrain(
         return
     from orchestrator.pretrain import pretrain as run_pretrain
 
-    run_pretrain(config, recipe=recipe, method=method)
+    _register_best(run_pretrain(config, recipe=recipe, method=method).folder, model)
 
 
 @cli.command()
@@ -191,6 +201,7 @@ def pretrain(
 @click.option("--base", metavar="RECIPE", help="Start from another recipe.", shell_complete=_complete_recipes)
 @_method
 @click.option("--resume", "name", metavar="NAME", help="Finish an earlier sweep; its finished trials stay as they are.")
+@_register
 @_dry_run
 @_calibrate
 def sweep(
@@ -202,6 +213,7 @@ def sweep(
     base: str | None,
     method: str | None,
     name: str | None,
+    model: str | None,
     dry_run: bool,
     calibrate: bool,
 ) -> None:
@@ -218,10 +230,11 @@ def sweep(
     """
     _check_calibrate(dry_run, calibrate)
     sweep, changes = _name_and_changes(sweep, settings, config_file)
+    _check_model_name(model)
     if name is not None:
         given = {"--vary": vary, "--seeds": seeds, "--base": base, "--method": method, "--dry-run": dry_run}
         _refuse_with_resume(given)
-        _resume_sweep(name, sweep, changes)
+        _resume_sweep(name, sweep, changes, model)
         return
     if sweep is None:
         raise click.UsageError("Missing argument 'SWEEP|FILE'; `sweeps` lists what there is.")
@@ -236,7 +249,7 @@ def sweep(
         return
     from orchestrator.run_sweep import run_sweep
 
-    _report_failures(run_sweep(defined).failed)
+    _end_sweep(run_sweep(defined), model)
 
 
 @cli.command()
@@ -327,6 +340,44 @@ def export(run: str, form: Any, folder: str, network: Any) -> None:
 
 
 @cli.command()
+@click.argument("name", metavar="SWEEP|RUN")
+@click.argument("model")
+@_settings
+def register(name: str, model: str, settings: tuple[str, ...]) -> None:
+    """Register the best backbone of SWEEP, or that of RUN, in MLflow as a version of MODEL.
+
+    The best is the first healthy trial of the sweep's comparison. What MLflow has not got of the record is delivered
+    before. As --register of `sweep` and `pretrain`, at a later time.
+
+    \b
+    dino register quickstart-20260101-120000-ab12 my_backbone
+    """
+    from orchestrator.registry import find_records
+
+    _check_model_name(model)
+    changes, storage = _storage_changes(settings)
+    _register_best(find_records(name, storage), model, changes)
+
+
+@cli.command()
+@click.argument("name", metavar="SWEEP|RUN")
+@_settings
+def deliver(name: str, settings: tuple[str, ...]) -> None:
+    """Deliver to MLflow what it does not have of SWEEP or RUN.
+
+    For records that were kept on disk while the tracking server was down, or to fill another store:
+    tracking.uri=http://other:5000
+    """
+    from orchestrator.registry import deliver_all, find_records, target_of
+
+    changes, storage = _storage_changes(settings)
+    folder = find_records(name, storage)
+    target = target_of(folder, changes)
+    left_out = deliver_all(folder, target)
+    click.echo("\n".join([*left_out, f"MLflow at {target.shown} has the record of {folder.name}"]))
+
+
+@cli.command()
 def recipes() -> None:
     """List the recipes."""
     from orchestrator.catalog import recipes as all_recipes
@@ -390,7 +441,7 @@ def _define_sweep(
     return defined
 
 
-def _resume_sweep(name: str, given: str | None, changes: dict[str, Any]) -> None:
+def _resume_sweep(name: str, given: str | None, changes: dict[str, Any], model: str | None) -> None:
     from orchestrator.records import SWEEP_FILE, read_json
     from orchestrator.runs import find_folder
     from orchestrator.sweep_file import load_sweep
@@ -401,10 +452,10 @@ def _resume_sweep(name: str, given: str | None, changes: dict[str, Any]) -> None
         raise ConfigError(f"--resume {name}: is a run of the sweep {begun!r}, not of {given!r}")
     from orchestrator.run_sweep import resume_sweep
 
-    _report_failures(resume_sweep(name, changes, storage=storage).failed)
+    _end_sweep(resume_sweep(name, changes, storage=storage), model)
 
 
-def _resume_run(run: str, recipe: str | None, changes: dict[str, Any]) -> None:
+def _resume_run(run: str, recipe: str | None, changes: dict[str, Any], model: str | None) -> None:
     from orchestrator.records import RunRecord
     from orchestrator.runs import find_folder
 
@@ -414,7 +465,18 @@ def _resume_run(run: str, recipe: str | None, changes: dict[str, Any]) -> None:
         raise ConfigError(f"--resume {run}: is a run of the recipe {begun!r}, not of {recipe!r}")
     from orchestrator.pretrain import resume
 
-    resume(run, changes, storage=storage)
+    _register_best(resume(run, changes, storage=storage).folder, model)
+
+
+def _storage_changes(settings: Sequence[str]) -> tuple[dict[str, Any], str]:
+    """Settings of where records are and go; no others."""
+    from orchestrator.overrides import parse_assignments
+
+    changes, storage = _resume_changes(parse_assignments(settings))
+    wrong = [key for key in changes if not key.startswith(("cluster.storage", "tracking."))]
+    if wrong:
+        raise ConfigError(f"{wrong[0]}: is of the record already; cluster.storage and tracking.* can be given here")
+    return changes, storage
 
 
 def _resume_changes(changes: dict[str, Any]) -> tuple[dict[str, Any], str]:
@@ -466,11 +528,30 @@ def _compare(
     )
 
 
-def _report_failures(failed: Mapping[str, str]) -> None:
-    """Raise RunFailed if trials failed."""
-    if failed:
+def _end_sweep(result: SweepResult, model: str | None) -> None:
+    """Register the best trial if that is wished. Raise RunFailed if trials failed."""
+    _register_best(result.folder, model)
+    if not result.ok:
+        failed = result.failed
         reasons = "\n".join(f"{trial}: {reason}" for trial, reason in failed.items())
         raise RunFailed(f"{len(failed)} {'trial' if len(failed) == 1 else 'trials'} failed\n{reasons}")
+
+
+def _check_model_name(model: str | None) -> None:
+    if model is not None:
+        from orchestrator.registry import check_model_name
+
+        check_model_name(model)
+
+
+def _register_best(folder: Path, model: str | None, changes: Mapping[str, Any] | None = None) -> None:
+    from orchestrator.launch import torchrun_world
+
+    if model is None or torchrun_world()[0] > 0:
+        return
+    from orchestrator.registry import register_best, target_of
+
+    click.echo(register_best(folder, model, target_of(folder, changes)).describe())
 
 
 def _complain(message: str) -> None:

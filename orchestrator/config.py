@@ -9,6 +9,12 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from dino_core.config import CheckedConfig, ConfigError, PretrainConfig, number
+from orchestrator.data.urls import refuse_secrets
+
+_TRACKING_CREDENTIALS = (
+    "the environment (MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD for a server, PGPASSWORD for PostgreSQL, "
+    "or the whole address as MLFLOW_TRACKING_URI) or ~/.pgpass"
+)
 
 Launcher = Literal["local", "trial", "train"]
 Shuffle = Literal["full", "windowed"]
@@ -100,6 +106,14 @@ class TrackingConfig(CheckedConfig):
     """MLflow tracking URI; None: MLFLOW_TRACKING_URI, else the SQLite file ./mlruns/mlflow.db."""
     experiment: str | None = None
     """MLflow experiment; None: the name of the recipe or sweep."""
+    checkpoints: Literal["none", "last"] = "none"
+    """`last`: upload each run's last checkpoint, the whole state of the training, when it has ended. `none`: they stay
+    in `cluster.storage`, and MLflow is told where."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.uri is not None:
+            refuse_secrets("tracking.uri", self.uri, _TRACKING_CREDENTIALS)
 
 
 @dataclass(frozen=True, kw_only=True)

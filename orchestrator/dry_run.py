@@ -260,7 +260,7 @@ def _size_lines(config: RunConfig, size: StepCost, which: str = "") -> dict[str,
 def _record_lines(config: RunConfig, name: str, experiment: str) -> dict[str, str]:
     return {
         "records": f"{config.cluster.storage}/{name}-<time>",
-        "MLflow": f"experiment {config.tracking.experiment or experiment} at {Target.of(config.tracking).uri}",
+        "MLflow": f"experiment {config.tracking.experiment or experiment} at {Target.of(config.tracking).shown}",
     }
 
 

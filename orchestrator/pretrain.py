@@ -23,6 +23,7 @@ from orchestrator.preflight import check_launcher, check_model, open_sources
 from orchestrator.progress import RunProgress
 from orchestrator.ray_cluster import connect, describe_resources, disconnect
 from orchestrator.records import CHECKPOINTS_DIR, Ledger, RunRecord, read_curves
+from orchestrator.registry import upload_when_asked
 from orchestrator.runs import (
     check_same_images,
     find_folder,
@@ -189,4 +190,5 @@ def _supervised(record: RunRecord, folder: Path, config: RunConfig) -> None:
     finally:
         ledger.close()  # before Ray goes: what its end does to the run must not be written down as its own
         disconnect()
+    upload_when_asked(folder, config, target)
     Summary.of(folder, target).print()

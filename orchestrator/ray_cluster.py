@@ -20,6 +20,7 @@ import psutil
 from dino_core.config import ConfigError
 from orchestrator.config import ClusterConfig, Launcher, RunConfig
 from orchestrator.errors import RunFailed
+from orchestrator.system_metrics import SUBMISSION_ID_ENV
 
 logger = logging.getLogger(__name__)
 
@@ -274,10 +275,12 @@ def _start_local(**options: Any) -> None:
 
 
 def _child_env() -> dict[str, str]:
-    """`CHILD_ENV` less what the submitted job already sets: Ray refuses a variable that is set twice."""
+    """`CHILD_ENV` and the job's name, less what the submitted job already sets: Ray refuses a variable set twice."""
     job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
     already = (job.get("runtime_env") or {}).get("env_vars") or {}
-    return {name: value for name, value in CHILD_ENV.items() if name not in already}
+    submission = (job.get("metadata") or {}).get("job_submission_id")
+    wanted = CHILD_ENV | ({SUBMISSION_ID_ENV: submission} if submission else {})
+    return {name: value for name, value in wanted.items() if name not in already}
 
 
 def describe_resources() -> str:

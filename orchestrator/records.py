@@ -6,8 +6,10 @@
         run.json      what it is (RunRecord)                    sweep.json     what it is
         metrics.jsonl the journal of its metrics                ledger.jsonl   what became of its trials
         ledger.jsonl  what became of it                         report.html
-        checkpoints/step_00000200/                              trials/<trial>/   one run each, no ledger of its own
+        system.jsonl  its machine, by the clock                 comparison.md, comparison.csv, summary.json
+        environment.json  what it trains with                   trials/<trial>/   one run each, no ledger of its own
         pictures/step_00000200/*.png
+        checkpoints/step_00000200/
 
 Every file is either written whole (`write_json`) or append-only (`Journal`, `Ledger`); a line cut short by a crash is
 ignored by the readers and removed by the next writer.
@@ -32,7 +34,11 @@ SWEEP_FILE = "sweep.json"
 METRICS_FILE = "metrics.jsonl"
 LEDGER_FILE = "ledger.jsonl"
 BAD_SAMPLES_FILE = "bad_samples.jsonl"
+SYSTEM_FILE = "system.jsonl"
+ENVIRONMENT_FILE = "environment.json"
 REPORT_FILE = "report.html"
+SUMMARY_FILE = "summary.json"
+COMPARISON_FILES: dict[Literal["markdown", "csv"], str] = {"markdown": "comparison.md", "csv": "comparison.csv"}
 CHECKPOINTS_DIR = "checkpoints"
 PICTURES_DIR = "pictures"
 TRIALS_DIR = "trials"
@@ -214,7 +220,10 @@ class RunRecord:
     stop_collapsed: bool = False
     """Whether the run is ended when it has collapsed."""
     git_commit: str | None = None
+    """With "-dirty" behind it if files differed."""
     data_digest: str | None = None
+    data: dict[str, Any] = field(default_factory=dict)
+    """What the data set is: `kind`, `num_train`, `num_test`, `num_classes`. Empty in records of earlier releases."""
     created_at: float = field(default_factory=time.time)
 
     @property

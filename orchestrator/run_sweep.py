@@ -38,6 +38,7 @@ from orchestrator.records import (
     read_states,
     write_json,
 )
+from orchestrator.registry import upload_when_asked
 from orchestrator.runs import (
     check_same_images,
     find_folder,
@@ -253,6 +254,7 @@ def _run(plan: _Plan) -> SweepResult:
     finally:
         ledger.close()  # before Ray goes: what its end does to the trials must not be written down as theirs
         disconnect()
+    upload_when_asked(plan.folder, config, target)
     Summary.of(plan.folder, target).print()
     return SweepResult(plan.folder, plan.failed())
 

@@ -129,6 +129,12 @@ def prepare_run(
         stop_collapsed=stop_collapsed,
         git_commit=commit,
         data_digest=data_digest,
+        data={
+            "kind": source.kind,
+            "num_train": len(source.train),
+            "num_test": len(source.test) if source.test is not None else 0,
+            "num_classes": len(source.classes),
+        },
     )
 
 
@@ -178,8 +184,16 @@ def check_same_images(record: RunRecord, data_digest: str) -> None:
 
 def resume_command(kind: str, folder: Path) -> str:
     """What to type to go on with an interrupted run or sweep."""
-    command = "sweep" if kind == "sweep" else "pretrain"
-    words = ["python", "-m", "orchestrator", command, "--resume", folder.name]
+    return _command("sweep" if kind == "sweep" else "pretrain", "--resume", folder=folder)
+
+
+def deliver_command(folder: Path) -> str:
+    """What to type to give MLflow the rest of the record of a run or sweep."""
+    return _command("deliver", folder=folder)
+
+
+def _command(*command: str, folder: Path) -> str:
+    words = ["python", "-m", "orchestrator", *command, folder.name]
     storage, here = folder.parent, Path.cwd()
     if storage != here / "runs":
         words.append(f"cluster.storage={storage.relative_to(here) if storage.is_relative_to(here) else storage}")

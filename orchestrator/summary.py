@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
-from orchestrator.compare import KNN_METRIC, Comparison, compare
+from orchestrator.compare import KNN_METRIC, Comparison, Row, compare
 from orchestrator.data.sources import DIGITS
 from orchestrator.metric_choice import choice_for_trials
-from orchestrator.records import BAD_SAMPLES_FILE, REPORT_FILE, read_lines
+from orchestrator.records import (
+    BAD_SAMPLES_FILE,
+    COMPARISON_FILES,
+    LEDGER_FILE,
+    REPORT_FILE,
+    SUMMARY_FILE,
+    SWEEP_FILE,
+    Journal,
+    read_lines,
+    write_json,
+)
 from orchestrator.report import SMOKE_TEST, write_report
 from orchestrator.tables import render, rich_tables
 from orchestrator.tracking import Target
@@ -59,8 +70,21 @@ class Summary:
             notes.append(f"Unreadable images were skipped: {count}, listed in {path}.")
         return cls(folder, comparison, baselines(comparison), tuple(notes), target.open_command())
 
+    @property
+    def best(self) -> Row | None:
+        """The first of the comparison that finished and is healthy; of a sweep, only one with a value of the metric."""
+        is_sweep = (self.folder / SWEEP_FILE).exists()
+        for row in self.comparison.rows:
+            if row.trial.status == "finished" and not row.trial.diagnosis.is_bad:
+                return row if row.value is not None or not is_sweep else None
+        return None
+
     def write_report(self) -> Path:
-        """Write the self-contained HTML report into the folder."""
+        """Write the self-contained HTML report into the folder; of a sweep, also what MLflow's parent run shows."""
+        if (self.folder / SWEEP_FILE).exists():
+            for form, name in COMPARISON_FILES.items():
+                (self.folder / name).write_text(render(self.comparison, form), encoding="utf-8")
+            self._write_sweep_summary()
         return write_report(
             self.folder / REPORT_FILE,
             self.comparison,
@@ -69,6 +93,20 @@ class Summary:
             notes=self.notes,
             commands={"Open MLflow": self.open_command},
         )
+
+    def _write_sweep_summary(self) -> None:
+        """The best trial as tags, its value and how trials ended as metrics, by the number of events so far."""
+        ends = Counter(row.trial.status for row in self.comparison.rows)
+        metrics = {f"trials/{end}": float(ends[end]) for end in ("finished", "stopped", "failed", "interrupted")}
+        best = self.best
+        tags = {"metric": self.comparison.metric, "mode": self.comparison.mode}
+        if best is not None and best.value is not None:
+            metrics[f"best/{self.comparison.metric}"] = best.value
+            tags |= {"best_trial": best.trial.name, "best_run": best.trial.run_id}
+        write_json(self.folder / SUMMARY_FILE, tags)
+        journal = Journal(self.folder)
+        journal.log(sum(1 for _ in read_lines(self.folder / LEDGER_FILE)), metrics)
+        journal.close()
 
     def print(self) -> None:
         """The ranked trials beside the baselines, and where to look next."""

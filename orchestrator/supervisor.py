@@ -11,10 +11,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from orchestrator.delivery import Delivery
 from orchestrator.errors import RunFailed
 from orchestrator.progress import Progress, RunProgress
 from orchestrator.records import Event, Ledger, read_states
-from orchestrator.tracking import Delivery, Target
+from orchestrator.runs import deliver_command
+from orchestrator.tracking import Target
 
 INTERRUPTED_DELIVERY_S = {signal.SIGTERM: 2.0, signal.SIGINT: 10.0}
 """How long an interrupted driver tries to tell MLflow; `ray job stop` leaves 3 s between SIGTERM and SIGKILL."""
@@ -116,7 +118,7 @@ def supervise(
         _close_open_runs(ledger, folder, runs, "failed", f"{type(error[0]).__name__}: {error[0]}")
     left = delivery.finish(FINAL_DELIVERY_S)
     if left:
-        progress.say(f"MLflow at {target.uri} has not everything yet ({left}); the records are kept in {folder}")
+        progress.say(f"MLflow at {target.shown} has not everything yet ({left}); later: {deliver_command(folder)}")
     if error:
         raise error[0]
 

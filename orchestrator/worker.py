@@ -23,6 +23,7 @@ from orchestrator.overrides import override
 from orchestrator.records import CHECKPOINTS_DIR, RUN_FILE, Journal, RunRecord, read_curves, write_json
 from orchestrator.run_clock import RunClock
 from orchestrator.stoppers import STOPPED_FILE, Collapsed, CollapseStopper, first_judged_step, stop_of
+from orchestrator.system_metrics import recorded_machine
 
 if TYPE_CHECKING:
     from dino_core.crops import MultiCrop
@@ -86,7 +87,8 @@ def run_worker(run_dir: Path, place: Place, report: Report) -> None:
     config = override(RunConfig(), RunRecord.read(run_dir).config)
     torch.set_num_threads(config.cluster.cpus_per_worker)
     try:
-        _train(run_dir, config, place, report, began)
+        with recorded_machine(run_dir, place):
+            _train(run_dir, config, place, report, began)
     except (
         *(ConfigError, RunFailed, NonFiniteLossError, CheckpointError),
         *(TooManyBadSamples, torch.OutOfMemoryError, MemoryError),

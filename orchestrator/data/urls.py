@@ -29,8 +29,18 @@ def split_query(url: str) -> tuple[str, str]:
     return (url[: found.start()], url[found.start() :]) if found else (url, "")
 
 
-def refuse_secrets(key: str, url: str) -> None:
-    """Raise ConfigError if a URL holds a password or the like; the message does not repeat it."""
+_CREDENTIALS = (
+    "the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, HF_TOKEN, ...) or the service's own file "
+    "(~/.aws/credentials, ...)"
+)
+
+
+def refuse_secrets(key: str, url: str, instead: str = _CREDENTIALS) -> None:
+    """Raise ConfigError if a URL holds a password or the like; the message does not repeat it.
+
+    Args:
+        instead: By what else credentials can be given.
+    """
     plain, query = split_query(url)
     options = [option.partition("=")[0] for option in query[1:].split("&")]
     secret = next((option for option in options if _SECRET.search(option)), None)
@@ -44,9 +54,7 @@ def refuse_secrets(key: str, url: str) -> None:
     else:
         return
     raise ConfigError(
-        f"{key} = {plain}: holds {what}, and runs record their settings for all to read; give credentials by the "
-        "environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, HF_TOKEN, ...) or the service's own file "
-        "(~/.aws/credentials, ...)"
+        f"{key} = {plain}: holds {what}, and runs record their settings for all to read; give credentials by {instead}"
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,12 +18,7 @@ import psutil
 import pytest
 
 from orchestrator.ray_cluster import CHILD_ENV, end_processes
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+from tests.orchestrator.servers import POSTGRESQL, MlflowServer, free_port, running_postgres
 
 
 @pytest.fixture
@@ -86,3 +80,20 @@ def _wait_for_head(process: subprocess.Popen[bytes], dashboard: int, temporary: 
         except OSError:
             time.sleep(0.5)
     raise AssertionError((temporary / "head.log").read_text())
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[str]:
+    """The address of an empty PostgreSQL database."""
+    if not (POSTGRESQL / "initdb").exists():
+        pytest.skip(f"no PostgreSQL in {POSTGRESQL}; PG_BIN names another folder")
+    with running_postgres() as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def mlflow_server(postgres: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
+    """A server with PostgreSQL behind it that is not started yet."""
+    server = MlflowServer(postgres, tmp_path_factory.mktemp("server"))
+    yield server
+    server.kill()

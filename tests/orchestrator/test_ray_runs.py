@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from mlflow import MlflowClient
 from ray.job_submission import JobSubmissionClient
 from ray.util import placement_group_table
 
-from orchestrator import ray_cluster, run_sweep
+from orchestrator import cli, ray_cluster, run_sweep
 from orchestrator.catalog import load_recipe
 from orchestrator.compare import compare
 from orchestrator.config import RunConfig
@@ -207,6 +208,59 @@ def test_a_trial_that_collapses_ends_itself(tiny: RunConfig, num_workers: int) -
     assert state.numbers["cost/device_hours_saved"] == stop.device_hours_saved > 0
 
 
+def test_a_sweep_whose_driver_was_killed_ends_as_if_it_had_not_been(tiny: RunConfig, tmp_path: Path) -> None:
+    """SIGKILL in the middle of a trial, behind a checkpoint, with another trial finished and a third to come."""
+    settings = {"pretrain.steps": 60, "cluster.max_concurrent_trials": 1, "cluster.max_failures": 0}
+    base = override(tiny, settings)
+    space = {"pretrain.teacher.temp": [0.04, 0.05, 0.07]}
+    whole = run_sweep.run_sweep(Sweep(name="whole", base=base, space=space))
+    (tmp_path / "killed.json").write_text(json.dumps({"base": "quickstart", "space": space}))
+    changes = {**TINY, **settings, "cluster.address": tiny.cluster.address, "cluster.storage": tiny.cluster.storage}
+    changes |= {"tracking.uri": tiny.tracking.uri}
+    command = [sys.executable, "-m", "orchestrator", "sweep", str(tmp_path / "killed.json")]
+    command += [f"{key}={value}" for key, value in changes.items()]
+    with (tmp_path / "log").open("wb") as log:
+        driver = subprocess.Popen(command, cwd=TestJobs.root, stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + 200
+        while not any(last_step(run_dir) >= 15 for run_dir in tmp_path.glob("runs/killed-*/trials/temp_0.05-s0")):
+            assert time.monotonic() < deadline and driver.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.02)
+    finally:
+        driver.kill()
+        driver.wait()
+    (folder,) = tmp_path.glob("runs/killed-*")
+    events = {run.partition(".")[2]: state.event for run, state in read_states(folder).items()}
+    assert events == {"": "started", "temp_0.04-s0": "finished", "temp_0.05-s0": "started"}
+    assert cli.main(["sweep", "--resume", folder.name, f"cluster.storage={tiny.cluster.storage}"]) == 0
+
+    ends = Counter(r["run"] for _, r in read_lines(folder / "ledger.jsonl") if r["event"] == "finished")
+    trials = [f"temp_{temp}-s0" for temp in ("0.04", "0.05", "0.07")]
+    assert ends == dict.fromkeys([folder.name, *(f"{folder.name}.{trial}" for trial in trials)], 1)
+    client = MlflowClient(tiny.tracking.uri)
+    experiment = client.get_experiment_by_name("killed")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    assert sorted(run.info.run_name for run in runs) == sorted([folder.name, *trials])
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    for run in runs:
+        if run.info.run_name == folder.name:
+            continue
+        curves = read_curves(folder / "trials" / run.info.run_name)
+        expected = read_curves(whole.folder / "trials" / run.info.run_name)
+        for metric in ("train/loss", "train/teacher_entropy", "eval/knn_top1"):
+            assert curves[metric] == expected[metric], f"{run.info.run_name}: {metric}"
+            history = client.get_metric_history(run.info.run_id, metric)
+            assert sorted((point.step, point.value) for point in history) == curves[metric]
+        assert len(curves["train/loss"]) == 60
+        assert [entry.tags[0].value for entry in run.inputs.dataset_inputs] == ["training", "evaluation"]
+        assert {"host", "device", "ray_job_id", "version/torch"} <= run.data.tags.keys()
+
+
+def last_step(run_dir: Path) -> int:
+    return max((record["step"] for _, record in read_lines(run_dir / "metrics.jsonl")), default=-1)
+
+
 class TestJobs:
     """`ray job submit`, as in the README, from the root of the project."""
 
@@ -245,6 +299,9 @@ class TestJobs:
         assert "same backbone, random weights" in done.stdout
         found = statuses(f"sqlite:///{tmp_path / 'mlflow.db'}", "quickstart")
         assert len(found) == 5
+        client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+        jobs = [run.data.tags.get("ray_submission_id") for run in client.search_runs(["1"])]
+        assert jobs.count(tmp_path.name) == 4, "that of every trial; the parent is of no job alone"
         assert set(found.values()) == {"FINISHED"}
 
     def test_stopping_a_job_leaves_its_runs_killed_and_nothing_running(self, ray_head: Any, tmp_path: Path) -> None:
