@@ -14,11 +14,12 @@ from dino_core.config import PretrainConfig
 from dino_core.schedules import build_schedules
 from orchestrator.config import RunConfig
 from orchestrator.data.shelf import num_streams
+from orchestrator.definition import design_lines
 from orchestrator.overrides import flatten, show
 from orchestrator.preflight import open_sources
 from orchestrator.ray_cluster import Capacity, Demand, cluster_address, plan_concurrency, resolve_launcher
 from orchestrator.runs import Trial
-from orchestrator.sweep import Sweep, short_names
+from orchestrator.sweep import Sweep, check, short_names
 from orchestrator.tracking import Target
 
 if TYPE_CHECKING:
@@ -96,6 +97,7 @@ def print_sweep(sweep: Sweep, trials: Sequence[Trial], write: Callable[[str], No
     each = f"{min(steps):,}" if min(steps) == max(steps) else f"{min(steps):,} to {max(steps):,}"
     lines = {
         "trials": f"{len(trials)} = {_number(combinations, 'combination')} x {_number(sweep.seeds, 'seed')}",
+        **design_lines(check(sweep), trials),
         "compared by": f"{sweep.metric}, {sweep.mode}",
         **({"the paper's": sweep.paper_setting} if sweep.paper_setting else {}),
         "scheduler": _scheduler(sweep),
@@ -220,12 +222,17 @@ def _print_rows(sweep: Sweep, write: Callable[[str], None]) -> None:
 def _print_trials(sweep: Sweep, trials: Sequence[Trial], write: Callable[[str], None]) -> None:
     names = short_names(list(sweep.space))
     rows = [["trial", *names.values(), "seed"]]
-    rows += [[t.trial_id, *(show_value(t.changes[key]) for key in names), str(t.seed)] for t in trials]
+    rows += [[t.trial_id, *(_shown(t, key) for key in names), str(t.seed)] for t in trials]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     write("Trials")
     for row in rows:
         write("  " + "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
     write("")
+
+
+def _shown(trial: Trial, key: str) -> str:
+    """The value of a varied key; a dash where the trial has the base's."""
+    return show_value(trial.changes[key]) if key in trial.changes else "-"
 
 
 def _print_lines(title: str, lines: Mapping[str, str], write: Callable[[str], None]) -> None:

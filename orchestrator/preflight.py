@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from dino_core.backbone_names import check_backbone_name, setting_problems, sizing
@@ -52,15 +52,17 @@ def check_model(config: RunConfig) -> None:
         raise ConfigError("\n".join(problems))
 
 
-def open_sources(configs: Iterable[RunConfig]) -> dict[DataConfig, Source]:
+def open_sources(
+    configs: Iterable[RunConfig], opened: Mapping[DataConfig, Source] | None = None
+) -> dict[DataConfig, Source]:
     """The sources of all runs, after checking that each run fits its data and, where it starts Ray here, this machine.
 
-    Raises ConfigError with the problems of all runs.
+    Those among `opened` are not opened again. Raises ConfigError with the problems of all runs.
     """
     from orchestrator.data.plan import index_plan  # imports numpy
     from orchestrator.data.sources import open_source
 
-    sources: dict[DataConfig, Source] = {}
+    sources: dict[DataConfig, Source] = dict(opened or {})
     broken: set[DataConfig] = set()
     problems: list[str] = []
     notes: list[str] = []

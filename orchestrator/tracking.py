@@ -193,7 +193,9 @@ def _items(folder: Path) -> Iterator[_Item]:
         params: dict[str, Any] = {f"space/{key}": json.dumps(values) for key, values in sweep["space"].items()}
         rows = sweep.get("rows", {})  # sweeps written before there were rows have none
         params |= {"rows": ", ".join(rows)} if rows else {}
-        params |= {"seeds": sweep["seeds"], "trials": len(sweep["trials"]), "metric": sweep["metric"]}
+        # A search adds trials as it goes, and a param is told once.
+        count = sweep["num_trials"] * sweep["seeds"] if sweep.get("design") == "optuna" else len(sweep["trials"])
+        params |= {"seeds": sweep["seeds"], "trials": count, "metric": sweep["metric"]}
         yield _Item(folder, folder.name, states[folder.name], tags, params, (SWEEP_FILE, REPORT_FILE))
         parent = folder
         folders = [folder / TRIALS_DIR / trial["trial_id"] for trial in sweep["trials"]]
