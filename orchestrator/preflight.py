@@ -57,7 +57,7 @@ def open_sources(
 ) -> dict[DataConfig, Source]:
     """The sources of all runs, after checking that each run fits its data and, where it starts Ray here, this machine.
 
-    Those among `opened` are not opened again. Raises ConfigError with the problems of all runs.
+    Those among `opened` are not opened again, and then nothing is said about what can run but is odd. Raises ConfigError with the problems of all runs.
     """
     from orchestrator.data.plan import index_plan  # imports numpy
     from orchestrator.data.sources import open_source
@@ -80,7 +80,7 @@ def open_sources(
             problems.append(str(error))
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
-    for note in dict.fromkeys(notes):
+    for note in dict.fromkeys(notes) if opened is None else ():
         logger.warning(note)
     return sources
 
