@@ -57,7 +57,8 @@ def open_sources(
 ) -> dict[DataConfig, Source]:
     """The sources of all runs, after checking that each run fits its data and, where it starts Ray here, this machine.
 
-    Those among `opened` are not opened again, and then nothing is said about what can run but is odd. Raises ConfigError with the problems of all runs.
+    Those among `opened` are not opened again, and then no warning is given of what can run but is odd.
+    Raises ConfigError with the problems of all runs.
     """
     from orchestrator.data.plan import index_plan  # imports numpy
     from orchestrator.data.sources import open_source

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import json
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,10 +13,11 @@ from scipy.stats import qmc
 
 from dino_core.config import ConfigError
 from orchestrator.catalog import load_recipe
+from orchestrator.definition import design_definition, design_lines
 from orchestrator.overrides import flatten, override
 from orchestrator.space import IntUniform, LogUniform, Uniform
 from orchestrator.sweep import Row, Sweep, check, expand, with_settings, with_vary
-from orchestrator.sweep_file import parse_vary
+from orchestrator.sweep_file import load_sweep, parse_vary
 
 TEMP, MOMENTUM, LR = "pretrain.teacher.temp", "pretrain.teacher.momentum", "pretrain.optim.lr"
 STUDENT, CROPS = "pretrain.student.temp", "pretrain.crops.num_local_crops"
@@ -286,3 +290,58 @@ def test_objectives_and_interactions_on_the_command_line() -> None:
     ):
         with pytest.raises(ConfigError, match=rf"sweep\.{key} = .*must be"):
             with_settings(base, searched | {f"sweep.{key}": text})
+
+
+# --- the page about them ----------------------------------------------------------------------------------------------
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "sweeps.md"
+
+
+def test_the_files_on_the_page_are_sweeps(tmp_path: Path) -> None:
+    blocks = re.findall(r"```yaml\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
+    found = {}
+    for number, block in enumerate(blocks):
+        path = tmp_path / f"sweep_{number}.yaml"
+        path.write_text(block)
+        defined = load_sweep(str(path))
+        found[defined.design, bool(defined.conditions), bool(defined.rows)] = len(expand(defined))
+    assert found == {
+        ("grid", False, True): 4,
+        ("qmc", False, False): 16,
+        ("one_at_a_time", False, False): 5,
+        ("fractional_factorial", False, False): 8,
+        ("grid", True, False): 5,
+        ("optuna", False, False): 8,
+    }
+
+
+def test_the_errors_on_the_page_are_those_of_the_code() -> None:
+    texts = re.findall(r"```text\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
+    page = {line for text in texts for line in text.splitlines()}
+    lines: list[str] = []
+    with pytest.raises(ConfigError) as caught:
+        parse_vary([f"{LR}=1...5"])
+    lines += str(caught.value).splitlines()
+    lines += refused(sweep("random", {LR: Uniform(0.0, 1.0)}, num_trials=2))
+    lines += refused(sweep("random", {"pretrain.batch_size": Uniform(32, 64)}, num_trials=2))
+    lines += refused(sweep("grid", {LR: LogUniform(1e-4, 1e-2)}))
+    lines += refused(sweep("grid", {LAYERS: [1, 2, 3], WIDTH: [64, 128]}, conditions={WIDTH: {LAYERS: [4]}}))
+    assert len(lines) == 5
+    assert set(lines) <= page
+
+
+def test_a_dry_run_says_what_is_aliased_and_what_pairs_share() -> None:
+    defined = load_sweep("screening")
+    lines = design_lines(check(defined), expand(defined))
+    assert lines["design"] == (
+        "fractional_factorial: 8 of 32 combinations, resolution III "
+        "(lr = student.temp x momentum, num_local_crops = teacher.temp x student.temp x momentum)"
+    )
+    assert lines["aliased"].startswith("teacher.temp = lr x num_local_crops; student.temp = momentum x lr; ")
+    assert "teacher.temp x student.temp = momentum x num_local_crops" in lines["aliased"]
+    assert lines["pairing"].startswith("trials of one seed share order and weights; crops partly")
+    definition = design_definition(check(defined), expand(defined))
+    assert definition["factorial"]["runs"] == 8
+    assert definition["factorial"]["generators"][LR] == f"{STUDENT} x {MOMENTUM}"
+    assert definition["paired"]["crops"] == {CROPS: "the global ones, and as many local ones as both have"}
+    json.dumps(definition)
