@@ -2,7 +2,7 @@
 #
 #   make setup            once, and again after requirements.txt changed; PYTHON=python3.12 chooses the interpreter
 #   make demo             set up and run the main job on embedded data
-#   make test             set up and run the tests; ARGS="-k schedules" is passed on to pytest
+#   make test             set up and run the tests, in PROCESSES=2 at once; ARGS="-k schedules" chooses some, in one process
 #   make lint             ruff, mypy and import-linter
 #   make format           rewrite the files as ruff likes them
 #   make lock             pin requirements.txt again from pyproject.toml; ARGS=--upgrade takes newer versions
@@ -13,6 +13,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTHON ?=
 ARGS ?=
+PROCESSES ?= 2
 
 .PHONY: setup demo test lint ruff mypy imports format lock clean again
 .DELETE_ON_ERROR:
@@ -32,8 +33,9 @@ $(STAMP): requirements.txt pyproject.toml .ci/setup
 demo: setup
 	$(BIN)/python -m orchestrator sweep quickstart
 
+# The whole suite starts two processes, which take file after file; a few tests are done before a second one is there.
 test: setup
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(or $(ARGS),-n $(PROCESSES) --dist=loadfile)
 
 lint: ruff mypy imports
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from dino_core.objectives import Objective as Objective
     from dino_core.pretrained import load_official as load_official
     from dino_core.schedules import cosine_schedule as cosine_schedule
+    from dino_core.schedules import wsd_schedule as wsd_schedule
     from dino_core.train import NonFiniteLossError as NonFiniteLossError
     from dino_core.train import TrainState as TrainState
     from dino_core.train import train_step as train_step
@@ -56,6 +57,7 @@ _MODULES = {
     "Objective": "dino_core.objectives",
     "load_official": "dino_core.pretrained",
     "cosine_schedule": "dino_core.schedules",
+    "wsd_schedule": "dino_core.schedules",
     "NonFiniteLossError": "dino_core.train",
     "TrainState": "dino_core.train",
     "train_step": "dino_core.train",

@@ -70,6 +70,10 @@ class CheckedConfig:
         return []
 
 
+Shape = Literal["cosine", "linear", "constant"]
+"""How a value goes from that of the first step to its final one over a run; `constant` stays at the former."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(CheckedConfig):
     """The backbone, any timm model that gives features. The four sizes replace a ViT's own; None keeps them."""
@@ -199,7 +203,9 @@ class TeacherConfig(CheckedConfig):
     momentum: float = number(0.996, ge=0, le=1)
     """EMA momentum at the first step (--momentum_teacher | teacher.momentum_teacher)."""
     final_momentum: float = number(1.0, ge=0, le=1)
-    """EMA momentum that the cosine schedule approaches at the end (- | teacher.final_momentum_teacher)."""
+    """EMA momentum that the schedule approaches at the end (- | teacher.final_momentum_teacher)."""
+    momentum_schedule: Shape = "cosine"
+    """The way from one to the other over the run; `constant` stays at `momentum` (- | -)."""
     momentum_reference_batch_size: int | None = number(None, ge=1)
     """Use momentum ^ (batch_size / this) at every step, the EMA scaling rule of Busbridge et al. (arXiv 2307.13813);
     None uses the momentum as it is (- | -)."""
@@ -279,7 +285,7 @@ class CropsConfig(CheckedConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig(CheckedConfig):
-    """Optimiser and its schedules: linear warm-up then cosine for lr, cosine for weight decay."""
+    """Optimiser and its schedules: linear warm-up, then cosine or stable and decay for lr; cosine for weight decay."""
 
     path: ClassVar[str] = "pretrain.optim"
 
@@ -291,8 +297,14 @@ class OptimConfig(CheckedConfig):
     """The peak becomes lr x batch_size / this; None uses `lr` as it is (- | optim.scaling_rule)."""
     lr_scaling: Literal["linear", "sqrt"] = "linear"
     """Power of batch_size / lr_reference_batch_size: 1, or 1/2 as in DINOv2 (- | optim.scaling_rule)."""
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    """Learning rate after the warm-up: a cosine over the whole run, or `wsd`, stable at its peak and then down over the
+    last `decay_fraction` of the run by 1 - sqrt (arXiv 2405.18392), so that earlier steps do not depend on the length
+    of the run (- | -)."""
+    decay_fraction: float = number(0.2, ge=0, le=1)
+    """wsd: share of the run's steps in which the learning rate falls (- | -)."""
     min_lr: float = number(1e-6, ge=0)
-    """Learning rate that the cosine approaches at the end, not scaled (--min_lr | optim.min_lr)."""
+    """Learning rate that the schedule approaches at the end, not scaled (--min_lr | optim.min_lr)."""
     warmup_epochs: float = number(10.0, ge=0)
     """Linear warm-up from 0 (--warmup_epochs | optim.warmup_epochs)."""
     weight_decay: float = number(0.04, ge=0)
@@ -300,7 +312,9 @@ class OptimConfig(CheckedConfig):
     decay_tokens: bool = True
     """Decay class, register and mask tokens and position embeddings, as both references do (- | -)."""
     final_weight_decay: float = number(0.4, ge=0)
-    """Approached by a cosine at the end (--weight_decay_end | optim.weight_decay_end)."""
+    """Approached at the end (--weight_decay_end | optim.weight_decay_end)."""
+    weight_decay_schedule: Shape = "cosine"
+    """The way from one to the other over the run; `constant` stays at `weight_decay` (- | -)."""
     clip_grad: float | None = number(3.0, gt=0)
     """Largest L2 norm of a gradient; None does not clip (--clip_grad | optim.clip_grad)."""
     clip_mode: Literal["parameter", "module", "global"] = "parameter"
@@ -323,7 +337,8 @@ class OptimConfig(CheckedConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig(CheckedConfig):
-    """k-NN on the teacher's backbone while training; needs labels and a test split."""
+    """Evaluations of the teacher's backbone while training: k-NN where there are labels and a test split, scores that
+    need no label, and pictures."""
 
     path: ClassVar[str] = "pretrain.eval"
 
@@ -337,10 +352,39 @@ class EvalConfig(CheckedConfig):
     """Training images used as the gallery, a fixed random choice; None uses all."""
     num_queries: int | None = number(None, ge=1)
     """Test images used as queries, a fixed random choice; None uses all."""
+    num_label_free: int = number(2048, ge=0)
+    """Training images, at most, for RankMe and alpha-ReQ: the first of the gallery's choice; 0 leaves both and LiDAR
+    out."""
+    num_lidar_images: int = number(256, ge=0)
+    """How many of them, at most, are augmented for LiDAR; 0 leaves it out."""
+    num_lidar_views: int = number(8, ge=2)
+    """Global crops of each of those, an even number, by the augmentation of `pretrain.crops`."""
     crop_fraction: float = number(0.875, gt=0, le=1)
     """Share of the resized image's side that the centre crop keeps (0.875: resize to 256, crop 224)."""
     batch_size: int = number(256, ge=1)
     """Images per forward pass and worker."""
+    num_pictures: int = number(4, ge=0, le=16)
+    """Training images that are drawn, a fixed choice: their crops, attention and features; 0 draws nothing."""
+    pictures_every_steps: int | None = number(None, ge=1)
+    """Steps between evaluations that draw pictures, a multiple of `every_steps`; None: only after the last step."""
+
+    def _problems(self) -> list[str]:
+        problems = []
+        if 0 < self.num_label_free < self.num_lidar_images:
+            problems.append(
+                f"num_lidar_images = {self.num_lidar_images}: must be at most pretrain.eval.num_label_free = "
+                f"{self.num_label_free}, from whose images they are taken"
+            )
+        if self.num_lidar_views % 2:
+            problems.append(
+                f"num_lidar_views = {self.num_lidar_views}: must be even, global crops are made two at a time"
+            )
+        if self.pictures_every_steps and (self.every_steps is None or self.pictures_every_steps % self.every_steps):
+            problems.append(
+                f"pictures_every_steps = {self.pictures_every_steps}: must be a multiple of "
+                f"pretrain.eval.every_steps = {self.every_steps}; pictures are drawn at evaluations"
+            )
+        return problems
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from dino_core.config import ConfigError, PretrainConfig, TeacherConfig
+from dino_core.config import ConfigError, PretrainConfig, Shape, TeacherConfig
 
 Schedule = Callable[[int], float]
 
@@ -44,6 +44,66 @@ def cosine_schedule(base: float, final: float, total_steps: int, warmup_steps: i
             return _linspace(start, base, warmup_steps, step)
         progress = (step - warmup_steps) / (total_steps - warmup_steps)
         return final + 0.5 * (base - final) * (1 + math.cos(math.pi * progress))
+
+    return schedule
+
+
+def wsd_schedule(
+    base: float, final: float, total_steps: int, warmup_steps: int = 0, decay_steps: int = 0, start: float = 0.0
+) -> Schedule:
+    """Warm-up, stable, decay: linear from `start` to `base`, then `base`, then from `base` towards `final`.
+
+    With W = `warmup_steps` and D = `decay_steps`::
+
+        step < W:                  W equally spaced values, the last of them `base`
+        step < total_steps - D:    base
+        otherwise:                 final + (base - final) * (1 - sqrt((step - (total_steps - D)) / D))
+
+    All steps before the decay have the value that they would have in a run of any other length. `final` is approached
+    but not reached. Source: Hägele et al. (arXiv 2405.18392), section 3, whose 1 - sqrt ends lower than a linear decay
+    and with 20 % of the steps at about the loss of a cosine; the three phases are from MiniCPM (arXiv 2404.06395).
+
+    Raises:
+        ValueError: warm-up and decay do not fit into the run; when called, a step outside of the run.
+    """
+    if total_steps < 1:
+        raise ValueError(f"total_steps = {total_steps}: must be >= 1")
+    if warmup_steps < 0 or decay_steps < 0 or warmup_steps + decay_steps > total_steps:
+        raise ValueError(
+            f"warmup_steps = {warmup_steps}, decay_steps = {decay_steps}: must be >= 0 and together at most "
+            f"total_steps = {total_steps}"
+        )
+
+    def schedule(step: int) -> float:
+        if not 0 <= step < total_steps:
+            raise ValueError(f"step = {step}: must be >= 0 and < total_steps = {total_steps}")
+        if step < warmup_steps:
+            return _linspace(start, base, warmup_steps, step)
+        into_decay = step - (total_steps - decay_steps)
+        if into_decay <= 0:
+            return base
+        return final + (base - final) * (1 - math.sqrt(into_decay / decay_steps))
+
+    return schedule
+
+
+def shaped_schedule(shape: Shape, base: float, final: float, total_steps: int) -> Schedule:
+    """From `base` towards `final` over the run: by half a cosine, in a straight line, or not at all (`constant`).
+
+    As in `cosine_schedule`, `final` is approached but not reached.
+
+    Raises:
+        ValueError: as `cosine_schedule`; when called, a step outside of the run.
+    """
+    if shape == "cosine":
+        return cosine_schedule(base, final, total_steps)
+    if total_steps < 1:
+        raise ValueError(f"total_steps = {total_steps}: must be >= 1")
+
+    def schedule(step: int) -> float:
+        if not 0 <= step < total_steps:
+            raise ValueError(f"step = {step}: must be >= 0 and < total_steps = {total_steps}")
+        return base if shape == "constant" else base + (final - base) * step / total_steps
 
     return schedule
 
@@ -98,7 +158,7 @@ def build_schedules(config: PretrainConfig, num_samples: int) -> Schedules:
     says so.
 
     Raises:
-        ConfigError: there are no images, or the run has no step.
+        ConfigError: there are no images, the run has no step, or a warm-up runs into the decay of `wsd`.
     """
     if num_samples < 1:
         raise ConfigError(f"data.source: holds {num_samples} images, at least 1 is needed")
@@ -146,12 +206,10 @@ def build_schedules(config: PretrainConfig, num_samples: int) -> Schedules:
             f"the {2 * total_steps * config.batch_size} of the run; images meet themselves or random directions in it"
         )
     return Schedules(
-        lr=(
-            cosine_schedule(peak_lr, optim.min_lr, total_steps, lr_warmup)
-            if lr_warmup <= total_steps
-            else linear_warmup_schedule(0.0, peak_lr, lr_warmup)
+        lr=_lr_schedule(config, peak_lr, total_steps, lr_warmup),
+        weight_decay=shaped_schedule(
+            optim.weight_decay_schedule, optim.weight_decay, optim.final_weight_decay, total_steps
         ),
-        weight_decay=cosine_schedule(optim.weight_decay, optim.final_weight_decay, total_steps),
         momentum=_momentum_schedule(config, total_steps, notes),
         teacher_temp=(
             _by_epoch(teacher, epoch)
@@ -165,6 +223,22 @@ def build_schedules(config: PretrainConfig, num_samples: int) -> Schedules:
         peak_lr=peak_lr,
         notes=tuple(notes),
     )
+
+
+def _lr_schedule(config: PretrainConfig, peak_lr: float, total_steps: int, warmup_steps: int) -> Schedule:
+    optim = config.optim
+    if warmup_steps > total_steps:
+        return linear_warmup_schedule(0.0, peak_lr, warmup_steps)
+    if optim.schedule == "cosine":
+        return cosine_schedule(peak_lr, optim.min_lr, total_steps, warmup_steps)
+    decay_steps = round(optim.decay_fraction * total_steps)
+    if warmup_steps + decay_steps > total_steps:
+        raise ConfigError(
+            f"pretrain.optim.decay_fraction = {optim.decay_fraction:g}: is {decay_steps} steps, which do not fit "
+            f"behind the warm-up of {warmup_steps} into the run of {total_steps}; must be at most "
+            f"{math.floor(100 * (1 - warmup_steps / total_steps)) / 100:g}"
+        )
+    return wsd_schedule(peak_lr, optim.min_lr, total_steps, warmup_steps, decay_steps)
 
 
 def _peak_lr(config: PretrainConfig, notes: list[str]) -> float:
@@ -189,7 +263,7 @@ def _momentum_schedule(config: PretrainConfig, total_steps: int, notes: list[str
     Source of the power: Busbridge et al. (arXiv 2307.13813), definition 1.2, the EMA scaling rule.
     """
     teacher, reference = config.teacher, config.teacher.momentum_reference_batch_size
-    schedule = cosine_schedule(teacher.momentum, teacher.final_momentum, total_steps)
+    schedule = shaped_schedule(teacher.momentum_schedule, teacher.momentum, teacher.final_momentum, total_steps)
     if reference is None or reference == config.batch_size:
         return schedule
     power = config.batch_size / reference

@@ -21,8 +21,8 @@ from orchestrator.data_commands import data
 from orchestrator.errors import RunFailed
 
 if TYPE_CHECKING:
+    from orchestrator.compare import Comparison
     from orchestrator.sweep import Sweep
-    from orchestrator.trials import TrialSummary
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -199,7 +199,7 @@ def sweep(
 
     Each row of the sweep with each combination of the values that it varies is a trial. SWEEP|FILE is a built-in
     sweep, a FILE.py that defines SWEEP, a FILE.yaml, or a recipe together with --vary. The sweep's own settings have
-    keys too: sweep.scheduler=asha sweep.grace_steps=100 sweep.metric=train/loss ...
+    keys too: sweep.scheduler=asha sweep.grace_steps=100 sweep.metric=eval/rankme ...
 
     \b
     dino sweep quickstart
@@ -229,25 +229,44 @@ def sweep(
 
 
 @cli.command()
-@click.argument("experiment")
-@_settings
+@click.argument("names", nargs=-1, required=True, metavar="EXPERIMENT... [KEY=VALUE]...")
 @click.option(
-    "--format", "form", type=click.Choice(["table", "markdown", "csv", "html"]), default="table", show_default=True
+    "--format",
+    "form",
+    type=click.Choice(["table", "markdown", "latex", "csv", "html"]),
+    default="table",
+    show_default=True,
 )
 @click.option("--output", metavar="FILE", type=click.Path(dir_okay=False), help="Write to a file.")
-@click.option("--metric", default="eval/knn_top1", show_default=True, help="What to rank by.")
-@click.option("--mode", type=click.Choice(["max", "min"]), default="max", show_default=True, help="Which is better.")
-def compare(experiment: str, settings: tuple[str, ...], form: Any, output: str | None, metric: str, mode: Any) -> None:
-    """Rank the trials of EXPERIMENT.
+@click.option("--metric", help="What to rank by; default: as the sweep says, else k-NN, without labels RankMe.")
+@click.option("--mode", type=click.Choice(["max", "min"]), help="Which is better; default: as the metric says.")
+@click.option(
+    "--reference",
+    metavar="NAME",
+    help="Row, configuration or trial that the others are compared with, or best; default: the base, else best.",
+)
+def compare(
+    names: tuple[str, ...], form: Any, output: str | None, metric: str | None, mode: Any, reference: str | None
+) -> None:
+    """Rank the trials of one or several EXPERIMENTs.
 
-    EXPERIMENT is a sweep or run in the storage folder, the path of one, or an MLflow experiment.
+    EXPERIMENT is a sweep or run in the storage folder, the path of one, an MLflow experiment, the id of an MLflow run,
+    or the name of a run or sweep in MLflow. They can be mixed. Settings: cluster.storage, tracking.uri.
+
+    \b
+    dino compare quickstart
+    dino compare temperature momentum --metric eval/rankme
+    dino compare quickstart --format html --output quickstart.html tracking.uri=http://mlflow.example:5000
     """
-    from orchestrator.compare import compare as compare_trials
-    from orchestrator.compare import render, rich_tables
+    from orchestrator.tables import render, rich_tables
     from orchestrator.trials import CompareError
 
+    experiments = [name for name in names if "=" not in name or Path(name).exists()]
+    settings = [name for name in names if name not in experiments]
+    if not experiments:
+        raise click.UsageError("Missing argument 'EXPERIMENT'.")
     try:
-        comparison = compare_trials(_trials_of(experiment, settings), metric, mode)
+        comparison = _compare(experiments, settings, metric, mode, reference)
     except CompareError as error:
         raise ConfigError(str(error)) from error
     if form == "table" and output is None and sys.stdout.isatty():
@@ -257,8 +276,9 @@ def compare(experiment: str, settings: tuple[str, ...], form: Any, output: str |
         return
     if form == "html":
         from orchestrator.report import render_report
+        from orchestrator.summary import baselines
 
-        text = render_report(comparison, title=experiment)
+        text = render_report(comparison, title=", ".join(experiments), baselines=baselines(comparison))
     else:
         text = render(comparison, form)
     if output is None:
@@ -403,17 +423,31 @@ def _refuse_with_resume(options: dict[str, Any]) -> None:
         raise click.UsageError(f"--resume goes on with what was begun, and cannot be combined with {wrong[0]}.")
 
 
-def _trials_of(experiment: str, settings: Sequence[str]) -> list[TrialSummary]:
-    """The trials of a folder, of a name in the storage folder, or of an MLflow experiment, looked for in this order."""
+def _compare(
+    experiments: Sequence[str], settings: Sequence[str], metric: str | None, mode: Any, reference: str | None
+) -> Comparison:
+    """The comparison of what folders, names in the storage folder, and MLflow hold."""
+    from orchestrator.compare import compare as compare_trials
     from orchestrator.config import RunConfig
+    from orchestrator.metric_choice import choice_for_trials, resolve_metric
     from orchestrator.overrides import override, parse_assignments
-    from orchestrator.trials import load_from_disk, load_from_mlflow
+    from orchestrator.trials import check_metric, common_definition, load_trials
 
     config = override(RunConfig(), parse_assignments(settings))
-    for folder in (Path(experiment), Path(config.cluster.storage) / experiment):
-        if folder.is_dir():
-            return load_from_disk(folder)
-    return load_from_mlflow(experiment, config.tracking.uri)
+    trials = load_trials(experiments, storage=config.cluster.storage, uri=config.tracking.uri)
+    definition = common_definition(trials)
+    choice = choice_for_trials(trials, definition)
+    if metric is not None:
+        check_metric(metric, trials)
+        choice = resolve_metric(metric, mode, has_labels=True)
+    return compare_trials(
+        trials,
+        choice.metric,
+        mode or choice.mode,
+        reference=reference,
+        base=(definition or {}).get("base"),
+        why=choice.why,
+    )
 
 
 def _report_failures(failed: Mapping[str, str]) -> None:

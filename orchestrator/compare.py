@@ -1,43 +1,33 @@
 """Comparison of trials: which differences are worth looking at.
 
-`compare` ranks trials (`orchestrator.trials`) and `render` writes the result. With several seeds per configuration a
-second table gives mean and standard deviation; `Group.values` holds the value of every seed, which is what paired
-statistics will start from.
+`compare` ranks trials (`orchestrator.trials`) and compares configurations with a reference over shared seeds
+(`orchestrator.statistics`); `orchestrator.tables` writes the result, `Comparison.frame` hands it to a notebook.
 """
 
 from __future__ import annotations
 
-import csv
-import html
-import io
+import difflib
 import math
-import shutil
 import statistics
-import textwrap
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, TypeVar
 
+from orchestrator.statistics import Difference, paired_differences
 from orchestrator.trials import SEED_KEY, CompareError, Mode, TrialSummary
 
 if TYPE_CHECKING:
-    from rich.table import Table as RichTable
+    from pandas import DataFrame
 
 T = TypeVar("T")
-Format = Literal["table", "markdown", "csv", "html"]
 
 KNN_METRIC = "eval/knn_top1"
 ROW = "row"
 """Stands in place of all keys that a sweep's rows set."""
-PAPER = "paper"
-"""Title of the column of the paper's numbers."""
-
-_TITLES = {
-    KNN_METRIC: "k-NN %",
-    "eval/linear_top1": "linear %",
-    "cost/hours": "hours",
-    "cost/gpu_memory_gb": "GB per GPU",
-}
+BASE = "base"
+"""Name of the row, or of the trials, that a sweep varies around."""
+BEST = "best"
+"""As a reference, the configuration that is ranked first."""
 _UNSEEN_PREFIXES = ("tracking.", "derived/", "paper/")
 _UNSEEN_KEYS = frozenset(
     f"cluster.{name}"
@@ -79,6 +69,17 @@ class Group:
     rows: tuple[Row, ...]
     values: dict[int | None, float]
     """The metric by seed; runs that repeat a seed count once, with their mean."""
+    difference: Difference | None = None
+    """From the comparison's reference; None for the reference itself, and where there is none."""
+
+    @property
+    def name(self) -> str:
+        """That of its trials without their seeds; of trials called otherwise, what sets the configuration apart."""
+        names = {row.trial.name.removesuffix(f"-s{row.trial.seed}") for row in self.rows}
+        if len(names) == 1:
+            return names.pop()
+        changes = (value if key == ROW else f"{key.rpartition('.')[2]} {value}" for key, value in self.params.items())
+        return ", ".join(changes) or "all"
 
     @property
     def mean(self) -> float | None:
@@ -105,6 +106,12 @@ class Comparison:
     is never one of them."""
     rows: tuple[Row, ...]
     groups: tuple[Group, ...]
+    reference: Group | None = None
+    """What `Group.difference` is the difference from; None where there is one configuration."""
+    reference_why: str = ""
+    """How the reference was chosen."""
+    why: str = ""
+    """Why this metric ranks."""
 
     @property
     def has_seeds(self) -> bool:
@@ -131,11 +138,79 @@ class Comparison:
         settings = dict.fromkeys(row.trial.paper_setting for row in self.rows if row.trial.paper)
         return f"The paper's numbers are at its own scale: {'; '.join(filter(None, settings)) or 'not told'}."
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader must know of the numbers, each in a line."""
+        why = f"Ranked by {self.metric}: {self.why}." if self.why else ""
+        return tuple(filter(None, (why, self.reference_note, self.paper_note)))
 
-def compare(trials: Sequence[TrialSummary], metric: str = KNN_METRIC, mode: Mode = "max") -> Comparison:
+    @property
+    def reference_note(self) -> str:
+        """What the differences are, in a line; empty where no configuration was repeated."""
+        if self.reference is None or not self.has_seeds:
+            return ""
+        many = sum(group.difference is not None and group.difference.low is not None for group in self.groups)
+        seeds = {len(group.values) for group in self.groups}
+        together = "all pairs" if self.reference_why == _WINNER else f"all {many} comparisons"
+        span = f"{min(seeds)} to {max(seeds)}" if len(seeds) > 1 else str(max(seeds))
+        return (
+            f"Differences are from {self.reference.name} ({self.reference_why}), over the seeds that both have "
+            f"({span} each); the 95 % intervals hold for {together} together."
+        )
+
+    def frame(self) -> DataFrame:
+        """One row per trial, best first: rank, names, varied keys, seed, values, health, and where they come from."""
+        from pandas import DataFrame
+
+        named = {id(row): group.name for group in self.groups for row in group.rows}
+        rows = []
+        for row in self.rows:
+            trial = row.trial
+            found: dict[str, object] = {"rank": row.rank, "trial": trial.name, "configuration": named[id(row)]}
+            found |= row.params | {SEED_KEY: trial.seed, self.metric: row.value, "step": row.step}
+            found |= {"random_weights": row.random_weights, "gain": row.gain}
+            found |= {f"paper/{metric}": row.paper(metric) for metric in self.paper_metrics}
+            found |= {"health": trial.health, "status": trial.status, "run_id": trial.run_id}
+            found |= {"experiment": trial.experiment, "git_commit": trial.git_commit, "data_digest": trial.data_digest}
+            rows.append(found)
+        return _typed(DataFrame(rows), self.keys)
+
+    def configurations_frame(self) -> DataFrame:
+        """One row per configuration, best first: mean and deviation over seeds, difference from the reference."""
+        from pandas import DataFrame
+
+        rows = []
+        for group in self.groups:
+            found: dict[str, object] = {"rank": group.rank, "configuration": group.name, **group.params}
+            found |= {"mean": group.mean, "sd": group.sd, "num_seeds": len(group.values), "num_runs": len(group.rows)}
+            found |= {f"paper/{metric}": group.paper(metric) for metric in self.paper_metrics}
+            apart = group.difference
+            found |= {"reference": self.reference.name if self.reference else None}
+            for name in ("mean", "low", "high", "p_value", "verdict", "seeds_needed", "reason"):
+                column = f"difference_{name}" if name in ("mean", "low", "high") else name
+                found[column] = getattr(apart, name) if apart is not None else None
+            rows.append(found)
+        return _typed(DataFrame(rows), self.keys)
+
+
+def compare(
+    trials: Sequence[TrialSummary],
+    metric: str = KNN_METRIC,
+    mode: Mode = "max",
+    *,
+    reference: str | None = None,
+    base: Mapping[str, object] | None = None,
+    why: str = "",
+) -> Comparison:
     """Rank trials by the last value of `metric`; those without a finite value come last, in their given order.
 
-    Raises CompareError if there is no trial.
+    Args:
+        reference: what the configurations are compared with: the name of a row, a configuration or a trial, or `best`.
+            None is the row or the trials called `base`, else the configuration that equals `base`, else the best.
+        base: the configuration that the trials' sweep varies, by dotted key.
+        why: why this metric, for the reader.
+
+    Raises CompareError if there is no trial, or no such reference (naming the nearest).
     """
     if not trials:
         raise CompareError("no trials to compare")
@@ -148,8 +223,72 @@ def compare(trials: Sequence[TrialSummary], metric: str = KNN_METRIC, mode: Mode
         by_params.setdefault(tuple(row.params.values()), []).append(row)
     groups = [Group(None, members[0].params, tuple(members), _by_seed(members)) for members in by_params.values()]
     ordered = _ranked(groups, lambda group: group.mean, mode)
-    groups = [Group(rank, group.params, group.rows, group.values) for rank, group in ordered]
-    return Comparison(metric, mode, keys, tuple(rows), tuple(groups))
+    groups = [replace(group, rank=rank) for rank, group in ordered]
+    if len(groups) < 2 and reference is None:
+        return Comparison(metric, mode, keys, tuple(rows), tuple(groups), why=why)
+    place, how = find_reference(groups, reference, base or {})
+    values = {
+        i: {seed: value for seed, value in group.values.items() if seed is not None} for i, group in enumerate(groups)
+    }
+    differences = paired_differences(values, place, mode, chosen=how == _WINNER)
+    groups = [replace(group, difference=differences.get(i)) for i, group in enumerate(groups)]
+    return Comparison(metric, mode, keys, tuple(rows), tuple(groups), groups[place], how, why)
+
+
+_WINNER = "the winner, chosen after the fact"
+
+
+def find_reference(groups: Sequence[Group], name: str | None, base: Mapping[str, object]) -> tuple[int, str]:
+    """The place of the configuration to compare with, and how it was chosen; see `compare`. Groups come best first."""
+    if name is not None:
+        for known in (_row_of, lambda group: {group.name}, lambda group: {row.trial.name for row in group.rows}):
+            found = [i for i, group in enumerate(groups) if name in known(group)]
+            if len(found) == 1:
+                return found[0], "as asked"
+            if found:
+                several = ", ".join(groups[i].name for i in found)
+                raise CompareError(f"--reference {name}: stands for several configurations: {several}")
+        if name == BEST:
+            return 0, _WINNER
+        names = [*dict.fromkeys(group.name for group in groups), BEST]
+        # Names hold numbers with points, which are no dotted keys.
+        near = difflib.get_close_matches(name, names, n=3)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise CompareError(f"--reference {name}: no such configuration{hint}; there is {', '.join(names)}")
+    named = [i for i, group in enumerate(groups) if group.name == BASE or _row_of(group) == {BASE}]
+    if len(named) == 1:
+        return named[0], "the sweep's base"
+    texts = {key: str(value) for key, value in base.items()}
+    equal = [i for i, group in enumerate(groups) if _equals(group, texts)]
+    if len(equal) == 1:
+        return equal[0], "it has the values of the sweep's base"
+    return 0, _WINNER
+
+
+def _row_of(group: Group) -> set[str]:
+    return {group.params[ROW]} if ROW in group.params else set()
+
+
+def _equals(group: Group, base: Mapping[str, str]) -> bool:
+    """Whether the configuration has the base's values, of all keys if its sweep has rows and hides some."""
+    first = group.rows[0].trial.params
+    keys = [key for key in base if key in first and _matters(key)] if ROW in group.params else list(group.params)
+    return bool(keys) and all(base.get(key) == first.get(key) for key in keys)
+
+
+def _matters(key: str) -> bool:
+    return key not in _UNSEEN_KEYS and key != SEED_KEY and not key.startswith(_UNSEEN_PREFIXES)
+
+
+def _typed(frame: DataFrame, keys: Sequence[str]) -> DataFrame:
+    """The frame with numbers in place of their texts in those columns where all are numbers."""
+    from pandas import to_numeric
+
+    for key in keys:
+        numbers = to_numeric(frame[key], errors="coerce")
+        if numbers.notna().all():
+            frame[key] = numbers
+    return frame
 
 
 def differing_keys(trials: Sequence[TrialSummary]) -> tuple[str, ...]:
@@ -158,8 +297,7 @@ def differing_keys(trials: Sequence[TrialSummary]) -> tuple[str, ...]:
     Where all trials belong to rows of a sweep, `row` comes first and the keys that are the same within each row are
     left out.
     """
-    keys = {key for trial in trials for key in trial.params} - _UNSEEN_KEYS - {SEED_KEY}
-    keys = {key for key in keys if not key.startswith(_UNSEEN_PREFIXES)}
+    keys = {key for trial in trials for key in trial.params if _matters(key)}
     differing = sorted(key for key in keys if len({trial.params.get(key) for trial in trials}) > 1)
     if not all(trial.row for trial in trials):
         return tuple(differing)
@@ -171,7 +309,8 @@ def differing_keys(trials: Sequence[TrialSummary]) -> tuple[str, ...]:
 def _row(trial: TrialSummary, keys: Sequence[str], metric: str) -> Row:
     curve = trial.curves.get(metric, [])
     step, value = curve[-1] if curve else (None, None)
-    finite = value if value is not None and math.isfinite(value) else None
+    # What a trial had reached before it ran out of memory or diverged is no result.
+    finite = value if value is not None and math.isfinite(value) and trial.status != "failed" else None
     return Row(None, trial, {key: trial.params.get(key, "") for key in keys}, finite, step, trial.at(metric, 0))
 
 
@@ -191,198 +330,3 @@ def _by_seed(rows: Iterable[Row]) -> dict[int | None, float]:
         if row.value is not None:
             values.setdefault(row.trial.seed, []).append(row.value)
     return {seed: statistics.fmean(repeats) for seed, repeats in values.items()}
-
-
-@dataclass(frozen=True)
-class Table:
-    """A comparison as text, for any renderer."""
-
-    title: str
-    headers: tuple[str, ...]
-    numeric: tuple[bool, ...]
-    rows: tuple[tuple[str, ...], ...]
-
-
-def tables(comparison: Comparison) -> list[Table]:
-    """The ranked trials and, when configurations were repeated with other seeds, before them the configurations."""
-    trials = trial_table(comparison)
-    return [configuration_table(comparison), trials] if comparison.has_seeds else [trials]
-
-
-def trial_table(comparison: Comparison) -> Table:
-    with_seed = len({row.trial.seed for row in comparison.rows}) > 1
-    columns: list[tuple[str, bool, Callable[[Row], str]]] = [
-        ("#", True, lambda row: number(row.rank, 0)),
-        ("trial", False, lambda row: row.trial.name),
-        # A trial's name begins with its row.
-        *((key, True, lambda row, key=key: row.params[key] or "-") for key in comparison.keys if key != ROW),
-        *([("seed", True, lambda row: number(row.trial.seed, 0))] if with_seed else []),
-        (metric_title(comparison.metric), True, lambda row: number(row.value, 2)),
-        *_paper_columns(comparison),
-        ("vs random", True, lambda row: number(row.gain, 2, sign=True)),
-        ("loss", True, lambda row: number(row.trial.last("train/loss"), 3)),
-        ("entropy / ln K", True, lambda row: number(row.trial.entropy_share, 3)),
-        ("health", False, lambda row: row.trial.health),
-        ("status", False, lambda row: row.trial.status),
-        ("step", True, lambda row: number(row.trial.last_step, 0)),
-        ("images/s", True, lambda row: number(row.trial.images_per_s, 0)),
-    ]
-    return _table("Trials", columns, comparison.rows)
-
-
-def configuration_table(comparison: Comparison) -> Table:
-    title = metric_title(comparison.metric)
-    columns: list[tuple[str, bool, Callable[[Group], str]]] = [
-        ("#", True, lambda group: number(group.rank, 0)),
-        *((key, key != ROW, lambda group, key=key: group.params[key] or "-") for key in comparison.keys),
-        (f"{title}, mean", True, lambda group: number(group.mean, 2)),
-        ("sd", True, lambda group: number(group.sd, 2)),
-        *_paper_columns(comparison),
-        ("seeds", True, lambda group: str(len(group.values))),
-        ("runs", True, lambda group: str(len(group.rows))),
-    ]
-    return _table("Configurations", columns, comparison.groups)
-
-
-def _paper_columns(comparison: Comparison) -> Iterator[tuple[str, bool, Callable[[Row | Group], str]]]:
-    """The paper's number of the metric beside ours, then what else the paper gives; nothing where it gives nothing."""
-    for metric in comparison.paper_metrics:
-        yield PAPER if metric == comparison.metric else f"{PAPER}, {metric_title(metric)}", True, _paper_cell(metric)
-
-
-def _paper_cell(metric: str) -> Callable[[Row | Group], str]:
-    return lambda item: number(item.paper(metric), 1)
-
-
-def _table(title: str, columns: list[tuple[str, bool, Callable[[T], str]]], items: Iterable[T]) -> Table:
-    rows = tuple(tuple(text(item) for _, _, text in columns) for item in items)
-    return Table(title, tuple(name for name, _, _ in columns), tuple(numeric for _, numeric, _ in columns), rows)
-
-
-def metric_title(metric: str) -> str:
-    return _TITLES.get(metric, metric)
-
-
-def number(value: float | None, digits: int, *, sign: bool = False) -> str:
-    """A number for a reader; "-" for one that is not there."""
-    return "-" if value is None else f"{value:{'+' if sign else ''}.{digits}f}"
-
-
-def render(comparison: Comparison, form: Format) -> str:
-    """The comparison as plain text, Markdown, CSV (trials only, full precision) or an HTML fragment."""
-    if form == "csv":
-        return _csv(comparison)
-    draw = {"table": _plain, "markdown": _markdown, "html": html_table}[form]
-    text = "\n".join(draw(table) for table in tables(comparison))
-    note = comparison.paper_note
-    return text + (f"<p>{html.escape(note)}</p>\n" if form == "html" else f"\n{note}\n") if note else text
-
-
-def _plain(table: Table) -> str:
-    lines = [table.headers, *table.rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(table.headers))]
-    pad = [str.rjust if numeric else str.ljust for numeric in table.numeric]
-    lines.insert(1, tuple("-" * width for width in widths))
-    texts = ("  ".join(pad[i](cell, widths[i]) for i, cell in enumerate(line)).rstrip() for line in lines)
-    return f"{table.title}\n" + "\n".join(texts) + "\n"
-
-
-def _markdown(table: Table) -> str:
-    def line(cells: Iterable[str]) -> str:
-        return "| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |"
-
-    rule = "|" + "|".join("---:" if numeric else "---" for numeric in table.numeric) + "|"
-    return "\n".join([f"**{table.title}**", "", line(table.headers), rule, *map(line, table.rows)]) + "\n"
-
-
-def html_table(table: Table, mark: Callable[[int, str, str], str] = lambda index, header, cell: "") -> str:
-    """An HTML table of escaped text. Cells of numbers have the class `number`; `mark(index of the row, header, cell)`
-    gives those of the body further classes, separated by blanks."""
-
-    def line(tag: str, index: int, cells: Iterable[str]) -> str:
-        texts = []
-        for header, numeric, cell in zip(table.headers, table.numeric, cells, strict=True):
-            marks = ("number " if numeric else "") + (mark(index, header, cell) if tag == "td" else "")
-            classes = f' class="{marks.strip()}"' if marks else ""
-            text = html.escape(cell)
-            texts.append(f"<{tag}{classes}>{text.replace('.', '.<wbr>') if tag == 'th' else text}</{tag}>")
-        return f"<tr>{''.join(texts)}</tr>"
-
-    body = "\n".join(line("td", index, row) for index, row in enumerate(table.rows))
-    head = line("th", 0, table.headers)
-    caption = f"<caption>{html.escape(table.title)}</caption>"
-    return f"<table>\n{caption}\n<thead>{head}</thead>\n<tbody>\n{body}\n</tbody>\n</table>\n"
-
-
-def _csv(comparison: Comparison) -> str:
-    papers = comparison.paper_metrics
-    own = (comparison.metric, f"{comparison.metric} of random weights", *(f"paper/{metric}" for metric in papers))
-    own = (*own, "train/loss", "teacher_entropy_share")
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(
-        ("rank", "run_id", "trial", *comparison.keys, SEED_KEY, *own, "health", "status", "step", "images_per_s")
-    )
-    for row in comparison.rows:
-        trial = row.trial
-        values = (row.value, row.random_weights, *map(row.paper, papers), trial.last("train/loss"), trial.entropy_share)
-        end = (trial.health, trial.status, trial.last_step, trial.images_per_s)
-        writer.writerow((row.rank, trial.run_id, trial.name, *row.params.values(), trial.seed, *values, *end))
-    return text.getvalue()
-
-
-_FIRST_TO_GO = ("step", "images/s", "status", "loss")
-
-
-def rich_tables(comparison: Comparison, width: int | None = None) -> list[RichTable]:
-    """The comparison for a terminal: `rich.print(*rich_tables(comparison))`.
-
-    Columns that do not fit into `width` characters (None: those of the terminal) are left out and named.
-    """
-    width = width or shutil.get_terminal_size().columns
-    return [_rich_table(table, width, comparison.paper_note) for table in tables(comparison)]
-
-
-def _rich_table(table: Table, width: int, note: str = "") -> RichTable:
-    from rich.box import SIMPLE_HEAD
-    from rich.markup import escape
-    from rich.table import Table as RichTable
-
-    # Keys break at their dots, so that narrow columns of values stay narrow.
-    names = {header: header.removeprefix("pretrain.").replace(".", ". ") for header in table.headers}
-    headers = {header: textwrap.wrap(name, 8, break_long_words=False) for header, name in names.items()}
-    widths = {
-        header: 3 + max(map(len, [*headers[header], *(row[i] for row in table.rows)]))
-        for i, header in enumerate(table.headers)
-    }
-    left_out = []
-    # The paper's other numbers go before any of ours.
-    first = [header for header in table.headers if header.startswith(f"{PAPER}, ")]
-    for header in (*first, *_FIRST_TO_GO):
-        if header in widths and sum(widths.values()) > width:
-            left_out.append(header)
-            del widths[header]
-    shown = [i for i, header in enumerate(table.headers) if header in widths]
-    remarks = [note] if note else []
-    remarks += [f"left out for want of width: {', '.join(left_out)}"] if left_out else []
-    if any(header.startswith("pretrain.") for header in table.headers):
-        remarks.append("keys are shown without their prefix pretrain.")
-    caption = "\n".join(remarks) or None
-    rich = RichTable(
-        title=table.title,
-        caption=caption,
-        title_justify="left",
-        caption_justify="left",
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-    )
-    fits = sum(widths.values()) <= width
-    for i in shown:
-        justify: Literal["left", "right"] = "right" if table.numeric[i] else "left"
-        name = escape("\n".join(headers[table.headers[i]]))
-        rich.add_column(name, justify=justify, vertical="top", overflow="fold", no_wrap=fits)
-    health = table.headers.index("health") if "health" in table.headers else None
-    for row in table.rows:
-        bad = health is not None and row[health] not in ("healthy", "unknown")
-        rich.add_row(*(escape(row[i]) for i in shown), style="red" if bad else "bold" if row[0] == "1" else "")
-    return rich

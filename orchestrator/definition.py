@@ -9,6 +9,7 @@ from typing import Any
 from orchestrator.config import RunConfig
 from orchestrator.designs import alias_structure
 from orchestrator.factorial import Factorial
+from orchestrator.metric_choice import MetricChoice
 from orchestrator.overrides import flatten, override
 from orchestrator.pairing import describe_pairing, pairing, varied_keys
 from orchestrator.runs import Trial, with_absolute_paths
@@ -21,7 +22,7 @@ _SHARED = ("cluster.", "tracking.")
 _PATHS = ("data.source", "data.root")
 
 
-def design_definition(checked: CheckedSweep, trials: Sequence[Trial]) -> dict[str, Any]:
+def design_definition(checked: CheckedSweep, trials: Sequence[Trial], choice: MetricChoice) -> dict[str, Any]:
     """The part of `sweep.json` that says which configurations the sweep tries, and how far its trials are pairs."""
     sweep, factorial = checked.sweep, checked.factorial
     keys = [*checked.space.values, *(key for key in varied_keys(trials) if key not in checked.space.values)]
@@ -35,7 +36,7 @@ def design_definition(checked: CheckedSweep, trials: Sequence[Trial]) -> dict[st
         "design_seed": sweep.design_seed,
         "resolution": sweep.resolution,
         "interactions": [list(pair) for pair in sweep.interactions],
-        "objectives": objectives_of(sweep.objectives, sweep.metric, sweep.mode) if sweep.design == "optuna" else {},
+        "objectives": objectives_of(sweep.objectives, choice) if sweep.design == "optuna" else {},
         "factorial": alias_structure(factorial, list(checked.space.values)) if factorial else None,
         "paired": pairing(keys),
         "base": flatten(with_absolute_paths(checked.base)),
@@ -60,14 +61,14 @@ def sweep_of(definition: Mapping[str, Any], config: Mapping[str, Any]) -> Sweep:
     )
 
 
-def design_lines(checked: CheckedSweep, trials: Sequence[Trial]) -> dict[str, str]:
+def design_lines(checked: CheckedSweep, trials: Sequence[Trial], choice: MetricChoice) -> dict[str, str]:
     """What a dry run says about the design: titles and texts."""
     sweep = checked.sweep
     lines: dict[str, str] = {"design": sweep.design}
     if sweep.design in ("random", "qmc"):
         lines["design"] += f": {sweep.num_trials} configurations, drawn with sweep.design_seed = {sweep.design_seed}"
     if sweep.design == "optuna":
-        objectives = objectives_of(sweep.objectives, sweep.metric, sweep.mode)
+        objectives = objectives_of(sweep.objectives, choice)
         goals = ", ".join(f"{metric} {mode}" for metric, mode in objectives.items())
         lines["design"] += f": {sweep.num_trials} configurations by {goals}; those above come first"
     if checked.factorial is not None:

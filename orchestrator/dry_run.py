@@ -15,10 +15,12 @@ from dino_core.schedules import build_schedules
 from orchestrator.config import RunConfig
 from orchestrator.data.shelf import num_streams
 from orchestrator.definition import design_lines
+from orchestrator.metric_choice import choice_for_sweep
 from orchestrator.overrides import flatten, show
 from orchestrator.preflight import open_sources
 from orchestrator.ray_cluster import Capacity, Demand, cluster_address, plan_concurrency, resolve_launcher
 from orchestrator.runs import Trial
+from orchestrator.schedulers import describe_scheduler
 from orchestrator.sweep import Sweep, check, short_names
 from orchestrator.tracking import Target
 
@@ -80,6 +82,8 @@ def print_run(config: RunConfig, recipe: str, write: Callable[[str], None] = pri
 def print_sweep(sweep: Sweep, trials: Sequence[Trial], write: Callable[[str], None] = print) -> None:
     """Print a sweep that was expanded. Raises ConfigError if one of its trials cannot run."""
     sources = open_sources(trial.config for trial in trials)
+    labelled = all(source.has_test_labels for source in sources.values())
+    choice = choice_for_sweep(sweep.metric, sweep.mode, (trial.config for trial in trials), has_labels=labelled)
     sizes: dict[tuple[object, ...], ModelSize] = {}
     for trial in trials:
         relevant = _what_counts(trial.config)
@@ -97,10 +101,10 @@ def print_sweep(sweep: Sweep, trials: Sequence[Trial], write: Callable[[str], No
     each = f"{min(steps):,}" if min(steps) == max(steps) else f"{min(steps):,} to {max(steps):,}"
     lines = {
         "trials": f"{len(trials)} = {_number(combinations, 'combination')} x {_number(sweep.seeds, 'seed')}",
-        **design_lines(check(sweep), trials),
-        "compared by": f"{sweep.metric}, {sweep.mode}",
+        **design_lines(check(sweep), trials, choice),
+        "compared by": f"{choice.metric}, {choice.mode}: {choice.why}",
         **({"the paper's": sweep.paper_setting} if sweep.paper_setting else {}),
-        "scheduler": _scheduler(sweep),
+        "scheduler": describe_scheduler(sweep.scheduler, sweep.grace_steps, sweep.reduction_factor, sweep.brackets),
         "launcher": _LAUNCHERS[resolve_launcher(config.cluster, in_sweep=True)],
         "each trial needs": _demand(config),
         "at once": _at_once([trial.config for trial in trials]),
@@ -273,12 +277,6 @@ def _at_once(trials: Sequence[RunConfig]) -> str:
     gpus = f" and {_number(count * demand.gpus, 'GPU')}" if demand.gpus else ""
     cpus = count * demand.cpus + min(count, streams or count) * demand.data_cpus
     return f"{_number(count, 'trial')} on this machine, {cpus} of {here.cpus:g} CPUs{gpus}"
-
-
-def _scheduler(sweep: Sweep) -> str:
-    if sweep.scheduler == "none":
-        return "none: every trial runs to its end"
-    return f"asha: 1 in {sweep.reduction_factor} goes on, first judged after {sweep.grace_steps} steps"
 
 
 def _crops(configs: Sequence[RunConfig]) -> str:

@@ -1,21 +1,27 @@
-"""k-NN of the teacher's backbone while a run trains, each worker taking its share of the images."""
+"""k-NN and label-free scores of the teacher's backbone while a run trains, each worker taking its share of images."""
 
 from __future__ import annotations
 
 import logging
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from dino_core.config import PretrainConfig
+from dino_core.crops import NUM_GLOBAL_CROPS, MultiCrop
 from dino_core.distributed import all_gather_rows, rank, world_size
 from dino_core.eval.features import eval_transform, extract_features
 from dino_core.eval.knn import knn_accuracy
+from dino_core.eval.rank import alpha_req, lidar, rankme
 from orchestrator.config import RunConfig
 from orchestrator.data.images import BadImage
 from orchestrator.data.loaders import Part, make_loader
@@ -41,12 +47,14 @@ _RAW_PIXEL_VALUES = 1 << 28
 def make_evaluate(
     config: RunConfig, source: Source, digest: str | None = None
 ) -> Callable[[TrainState], dict[str, float]] | None:
-    """The evaluation of a run, or None if its source has no labels or no test split.
+    """The evaluation of a run, or None if there is nothing to measure.
 
-    It returns `eval/knn_top1` (per cent); before the first step `eval/raw_pixel_knn_top1`, the same protocol on the
-    pixels themselves; and, if there are any, `eval/unreadable_images`, how many images of both splits were left out.
-    Every rank must call it; all get the same result, or raise RunFailed if features are not finite or no image of a
-    split can be read.
+    Of the teacher's backbone it returns, where the source has labels and a test split, `eval/knn_top1` (per cent) and,
+    before the first step, `eval/raw_pixel_knn_top1`, the same protocol on the pixels themselves. With or without
+    labels: `eval/rankme` and `eval/alpha_req` of training images, `eval/lidar` of their augmented views; the images and
+    views are the same for every run and seed. If there are any, `eval/unreadable_images`, how many images were left
+    out. Every rank must call it; all get the same result, or raise RunFailed if features are not finite or no image of
+    a split can be read.
 
     Args:
         digest: The source's, if it is known already.
@@ -54,72 +62,188 @@ def make_evaluate(
     Raises:
         ConfigError: As `make_loader` does.
     """
-    if source.test is None or source.test.labels is None or source.train.labels is None:
+    if not source.has_test_labels and not config.pretrain.eval.num_label_free:
         return None
-    settings = config.pretrain.eval
-    gallery = _Images(config, source, "train", settings.num_gallery, digest)
-    queries = _Images(config, source, "test", settings.num_queries, digest)
+    return _Evaluation(config, source, digest)
 
-    def evaluate(state: TrainState) -> dict[str, float]:
-        features = [extract_features(state.teacher.backbone, images.batches()) for images in (gallery, queries)]
-        metrics = {"eval/knn_top1": accuracy(features, state.step)}
-        if num_bad := sum(int(images.bad(state.device).sum()) for images in (gallery, queries)):
+
+class _Evaluation:
+    """Features of a run's fixed images, and what they come to."""
+
+    def __init__(self, config: RunConfig, source: Source, digest: str | None) -> None:
+        settings = config.pretrain.eval
+        num, labelled = len(source.train), source.has_test_labels
+        self._config = config
+        # The choices are nested, so that an image of both costs one forward pass.
+        limits = [settings.num_label_free, *([settings.num_gallery or num] if labelled else [])]
+        self._train = _Images(config, source, "train", fixed_choice(num, max(limits)), digest)
+        self._gallery, self._scored = (
+            torch.from_numpy(np.isin(self._train.all_ids, fixed_choice(num, limit)))
+            for limit in (settings.num_gallery, settings.num_label_free)
+        )
+        self._queries: _Images | None = None
+        if labelled:
+            assert source.test is not None
+            self._queries = _Images(
+                config, source, "test", fixed_choice(len(source.test), settings.num_queries), digest
+            )
+        self._views: _Images | None = None
+        if settings.num_label_free and settings.num_lidar_images:
+            chosen = fixed_choice(num, settings.num_lidar_images)
+            self._views = _Images(config, source, "train", chosen, digest, _AugmentedViews(config.pretrain))
+
+    def __call__(self, state: TrainState) -> dict[str, float]:
+        train = self._train.gather(extract_features(state.teacher.backbone, self._train.batches()))
+        metrics: dict[str, float] = {}
+        if self._queries is not None:
+            tests = self._queries.gather(extract_features(state.teacher.backbone, self._queries.batches()))
+            metrics["eval/knn_top1"] = self._accuracy(train, tests, state.step)
+            side = self._config.pretrain.crops.global_size
+            if state.step == 0 and int(self._gallery.sum()) * 3 * side * side <= _RAW_PIXEL_VALUES:
+                pixels = [self._pixels(images, state.device) for images in (self._train, self._queries)]
+                metrics["eval/raw_pixel_knn_top1"] = self._accuracy(pixels[0], pixels[1], state.step)
+        if self._config.pretrain.eval.num_label_free:
+            metrics |= self._label_free(state, train)
+        if num_bad := sum(int(part.bad(state.device).sum()) for part in (self._train, self._queries) if part):
             metrics["eval/unreadable_images"] = num_bad
-        side = config.pretrain.crops.global_size
-        if state.step == 0 and len(gallery) * 3 * side * side <= _RAW_PIXEL_VALUES:
-            pixels = [torch.cat([batch.flatten(1) for batch in images.batches()]) for images in (gallery, queries)]
-            # NCCL gathers nothing that lies on the CPU
-            metrics["eval/raw_pixel_knn_top1"] = accuracy([rows.to(state.device) for rows in pixels], state.step)
         return metrics
 
-    def accuracy(features: list[Tensor], step: int) -> float:
-        (train, train_labels), (test, test_labels) = (
-            images.gather(rows) for images, rows in zip((gallery, queries), features, strict=True)
+    def _accuracy(self, train: Tensor, tests: Tensor, step: int) -> float:
+        assert self._queries is not None
+        settings = self._config.pretrain.eval
+        gallery = self._readable(self._train, train, "training", step, self._gallery)
+        queries = self._readable(self._queries, tests, "test", step)
+        return knn_accuracy(
+            train[gallery],
+            self._train.all_labels()[gallery.cpu()],
+            tests[queries],
+            self._queries.all_labels()[queries.cpu()],
+            k=min(settings.knn_k, int(gallery.sum())),
+            temperature=settings.knn_temperature,
         )
-        for part, name in ((train, "training"), (test, "test")):
-            if not len(part):
-                raise RunFailed(f"data.source = {config.data.source}: no {name} image for k-NN can be read")
-            if not part.isfinite().all():
-                raise RunFailed(f"the features of {name} images at step {step} are not finite")
-        k = min(settings.knn_k, len(train))
-        return knn_accuracy(train, train_labels, test, test_labels, k=k, temperature=settings.knn_temperature)
 
-    return evaluate
+    def _label_free(self, state: TrainState, train: Tensor) -> dict[str, float]:
+        rows = train[self._readable(self._train, train, "training", state.step, self._scored)]
+        scores = {"eval/rankme": rankme(rows), "eval/alpha_req": alpha_req(rows)}
+        if self._views is not None:
+            num_views = self._config.pretrain.eval.num_lidar_views
+            finish = _AugmentedViews(self._config.pretrain).finish
+            batches = (finish(batch, state.device) for batch in self._views.batches())
+            views = self._views.gather(extract_features(state.teacher.backbone, batches).unflatten(0, (-1, num_views)))
+            scores["eval/lidar"] = lidar(views[self._readable(self._views, views, "training", state.step)])
+        return {name: score for name, score in scores.items() if math.isfinite(score)}  # no spectrum has no exponent
+
+    def _readable(self, images: _Images, rows: Tensor, name: str, step: int, chosen: Tensor | None = None) -> Tensor:
+        """Which of the images, those `chosen` or all, could be read: bool [n], on the device of their features."""
+        good = ~images.bad(rows.device)
+        if chosen is not None:
+            good &= chosen.to(rows.device)
+        if not good.any():
+            raise RunFailed(f"data.source = {self._config.data.source}: no {name} image for evaluations can be read")
+        if not rows[good].isfinite().all():
+            raise RunFailed(f"the features of {name} images at step {step} are not finite")
+        return good
+
+    @staticmethod
+    def _pixels(images: _Images, device: torch.device) -> Tensor:
+        rows = torch.cat([batch.flatten(1) for batch in images.batches()])
+        return images.gather(rows.to(device))  # NCCL gathers nothing that lies on the CPU
+
+
+def fixed_choice(num: int, limit: int | None) -> NDArray[np.int64]:
+    """At most `limit` of `num` images, ascending; all of them for None.
+
+    The same choice in every run, whatever its seed: figures of different seeds stay comparable. A smaller choice is a
+    part of a larger one.
+    """
+    if limit is None or limit >= num:
+        return np.arange(num)
+    return np.sort(choice_order(num)[:limit])
+
+
+def choice_order(num: int) -> NDArray[np.int64]:
+    """All of `num` images in the order in which they are chosen."""
+    return np.random.default_rng(0).permutation(num)
+
+
+class _CentreCrop:
+    """What features for k-NN are taken from: float32 [3, side, side], normalised."""
+
+    dtype = torch.float32
+
+    def __init__(self, config: PretrainConfig) -> None:
+        self._config = config
+        self.shape: tuple[int, ...] = (3, config.crops.global_size, config.crops.global_size)
+
+    def make(self, image: NDArray[np.uint8], sample: int) -> Tensor:
+        crops = self._config.crops
+        return eval_transform(image, crops.global_size, self._config.eval.crop_fraction, crops.mean, crops.std)
+
+
+class _AugmentedViews:
+    """The views of an image that LiDAR compares, the same for every run and seed: uint8 [q, 3, side, side]."""
+
+    dtype = torch.uint8
+
+    def __init__(self, config: PretrainConfig) -> None:
+        # Not the accelerator's colours: they would have to be made anew at each evaluation.
+        self._crops = MultiCrop(replace(config.crops, num_local_crops=0, device="cpu"), seed=0)
+        self._num = config.eval.num_lidar_views
+        self.shape: tuple[int, ...] = (self._num, 3, config.crops.global_size, config.crops.global_size)
+
+    def make(self, image: NDArray[np.uint8], sample: int) -> Tensor:
+        pairs = np.arange(self._num // NUM_GLOBAL_CROPS)
+        crops = self._crops.make([image] * len(pairs), pairs, np.full(len(pairs), sample))["global_crops"]
+        return torch.from_numpy(crops).flatten(0, 1)
+
+    def finish(self, batch: Tensor, device: torch.device) -> Tensor:
+        """[n, q, 3, side, side] -> normalised [n * q, 3, side, side]."""
+        pairs = batch.view(-1, NUM_GLOBAL_CROPS, *self.shape[1:])
+        finished = self._crops.finish({"global_crops": pairs}, device).global_crops
+        return finished.unflatten(0, (NUM_GLOBAL_CROPS, -1)).transpose(0, 1).flatten(0, 1)
 
 
 class _Images:
-    """This worker's share of a split's images, as normalised batches."""
+    """This worker's share of some images of a split, as batches of one view of each, or of several."""
 
-    def __init__(self, config: RunConfig, source: Source, part: Part, limit: int | None, digest: str | None) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        source: Source,
+        part: Part,
+        ids: NDArray[np.int64],
+        digest: str | None,
+        view: _CentreCrop | _AugmentedViews | None = None,
+    ) -> None:
         split = source.train if part == "train" else source.test
-        assert split is not None and split.labels is not None
-        ids = np.arange(len(split))
-        if limit is not None and limit < len(ids):
-            # The same choice in every run, whatever its seed: k-NN figures of different seeds stay comparable.
-            ids = np.sort(np.random.default_rng(0).permutation(len(ids))[:limit])
+        assert split is not None
         self._config, self._split = config, split
+        self._view = view or _CentreCrop(config.pretrain)
         self._loader = make_loader(config, source, part, digest)
-        self._num = len(ids)
-        share = -(-self._num // world_size())
+        self.all_ids = ids
+        """Of all workers."""
+        share = -(-len(ids) // world_size())
         padded = np.resize(ids, share * world_size())
         self._ids = padded[rank() * share : (rank() + 1) * share]
-        self._labels = torch.from_numpy(np.asarray(split.labels)[self._ids])
         self._bad = torch.zeros(share, dtype=torch.bool)
-        side = config.pretrain.crops.global_size
-        self._shape = (3, side, side)
+        self._shape = self._view.shape
         self._cache: Tensor | None = None
-        self._keep = share * 3 * side * side * 4 <= _CACHE_BYTES
+        self._keep = share * math.prod(self._shape) * self._view.dtype.itemsize <= _CACHE_BYTES
         self._num_kept = 0
         self._num_threads: int | None = None
+        num_views = math.prod(self._shape[:-3])
+        self._batch_size = max(1, config.pretrain.eval.batch_size // num_views)
 
-    def __len__(self) -> int:
-        return self._num
+    def all_labels(self) -> Tensor:
+        """[n] of all workers' images, on the CPU."""
+        assert self._split.labels is not None
+        return torch.from_numpy(np.asarray(self._split.labels)[self.all_ids])
 
     def batches(self) -> Iterator[Tensor]:
-        """float32 [n, 3, side, side], in order. The next one is made by threads while the caller works with one."""
+        """[n, ...] of the view's shape, in order. The next one is made by threads while the caller works with one."""
         if self._cache is None and self._keep:
-            self._cache = torch.zeros(len(self._ids), *self._shape)
-        size = self._config.pretrain.eval.batch_size
+            self._cache = torch.zeros(len(self._ids), *self._shape, dtype=self._view.dtype)
+        size = self._batch_size
         if self._num_threads is None:
             self._num_threads = self._choose_threads()
         pool = ThreadPoolExecutor(self._num_threads, "evaluation")
@@ -140,7 +264,7 @@ class _Images:
         seconds = []
         for place in range(min(_PROBED_IMAGES, len(self._ids))):
             started = time.thread_time()
-            self._load(torch.empty(1, *self._shape), place)
+            self._load(torch.empty(1, *self._shape, dtype=self._view.dtype), place)
             seconds.append(time.thread_time() - started)
         cluster = self._config.cluster
         # The processes that make the training's batches come to rest as soon as nobody takes these.
@@ -150,7 +274,10 @@ class _Images:
     def _begin(self, pool: ThreadPoolExecutor, start: int, size: int) -> tuple[Tensor, list[Future[dict[int, str]]]]:
         """The batch from place `start` on, and the tasks that are filling it."""
         stop = min(start + size, len(self._ids))
-        images = torch.zeros(max(0, stop - start), *self._shape) if self._cache is None else self._cache[start:stop]
+        if self._cache is None:
+            images = torch.zeros(max(0, stop - start), *self._shape, dtype=self._view.dtype)
+        else:
+            images = self._cache[start:stop]
         if stop <= self._num_kept:
             return images, []
         parts = [(at, min(at + _IMAGES_PER_TASK, stop)) for at in range(start, stop, _IMAGES_PER_TASK)]
@@ -160,7 +287,7 @@ class _Images:
         """The images, once they are all there."""
         for task in tasks:
             for place, reason in task.result().items():
-                if not self._bad[place]:
+                if not self._bad[place] and isinstance(self._view, _CentreCrop):  # views are of images told already
                     sample = int(self._ids[place])
                     logger.warning("evaluation leaves out %s: %s", self._split.name(sample), reason)
                 self._bad[place] = True
@@ -169,12 +296,7 @@ class _Images:
         return images
 
     def _load(self, images: Tensor, start: int) -> dict[int, str]:
-        """Fill `images` [n, 3, side, side] from place `start` on; the places that cannot be read, and why.
-
-        They are zeros, and left out by `gather`.
-        """
-        config = self._config.pretrain
-        crops = config.crops
+        """Fill `images` [n, ...] from place `start` on; the places that cannot be read, and why. They are zeros."""
         reasons = {}
         for row, sample in enumerate(self._ids[start : start + len(images)].tolist()):
             try:
@@ -182,15 +304,13 @@ class _Images:
             except BadImage as error:
                 reasons[start + row] = str(error)
                 continue
-            images[row] = eval_transform(image, crops.global_size, config.eval.crop_fraction, crops.mean, crops.std)
+            images[row] = self._view.make(image, sample)
         return reasons
 
     def bad(self, device: torch.device) -> Tensor:
         """Which images could not be read, of all workers: bool [n], on `device`."""
-        return all_gather_rows(self._bad.to(device, torch.uint8))[: self._num] != 0
+        return all_gather_rows(self._bad.to(device, torch.uint8))[: len(self.all_ids)] != 0
 
-    def gather(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """The rows and labels of all workers' readable images: [n, D], [n]."""
-        good = ~self.bad(rows.device)
-        rows, labels = (all_gather_rows(part.to(rows.device))[: self._num] for part in (rows, self._labels))
-        return rows[good], labels[good]
+    def gather(self, rows: Tensor) -> Tensor:
+        """The rows of all workers' images, [n, ...], those that cannot be read among them."""
+        return all_gather_rows(rows)[: len(self.all_ids)]

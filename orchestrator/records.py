@@ -7,6 +7,7 @@
         metrics.jsonl the journal of its metrics                ledger.jsonl   what became of its trials
         ledger.jsonl  what became of it                         report.html
         checkpoints/step_00000200/                              trials/<trial>/   one run each, no ledger of its own
+        pictures/step_00000200/*.png
 
 Every file is either written whole (`write_json`) or append-only (`Journal`, `Ledger`); a line cut short by a crash is
 ignored by the readers and removed by the next writer.
@@ -33,10 +34,12 @@ LEDGER_FILE = "ledger.jsonl"
 BAD_SAMPLES_FILE = "bad_samples.jsonl"
 REPORT_FILE = "report.html"
 CHECKPOINTS_DIR = "checkpoints"
+PICTURES_DIR = "pictures"
 TRIALS_DIR = "trials"
 
 Event = Literal["started", "finished", "stopped", "failed", "interrupted"]
-"""`stopped`: ended early by the sweep's scheduler. `interrupted`: by the user or with the driver; it can be resumed."""
+"""`stopped`: ended early, by the sweep's scheduler or since it had collapsed. `interrupted`: by the user or with the
+driver; it can be resumed."""
 
 FINAL_EVENTS: frozenset[str] = frozenset({"finished", "stopped"})
 """Events after which a resumed sweep leaves a trial alone."""
@@ -154,8 +157,11 @@ class Ledger:
             ) from error
         self._file = AppendOnly(folder / LEDGER_FILE)
 
-    def record(self, run_id: str, event: Event, reason: str = "") -> None:
-        entry = {"time": time.time(), "run": run_id, "event": event, "reason": reason}
+    def record(self, run_id: str, event: Event, reason: str = "", numbers: Mapping[str, float] | None = None) -> None:
+        """Add an event; `numbers` are figures that belong to it, under the names of metrics."""
+        entry: dict[str, Any] = {"time": time.time(), "run": run_id, "event": event, "reason": reason}
+        if numbers:
+            entry["numbers"] = dict(numbers)
         self._file.append(entry, durable=True)
 
     def close(self) -> None:
@@ -170,13 +176,15 @@ class RunState:
     event: Event
     reason: str
     time: float
+    numbers: Mapping[str, float] = field(default_factory=dict)
+    """Figures of the event: `cost/device_hours_saved` of a run that was stopped early."""
 
 
 def read_states(folder: Path) -> dict[str, RunState]:
     """The newest state of each run that the ledger in `folder` names."""
     states = {}
     for _, entry in read_lines(folder / LEDGER_FILE):
-        states[entry["run"]] = RunState(entry["event"], entry["reason"], entry["time"])
+        states[entry["run"]] = RunState(entry["event"], entry["reason"], entry["time"], entry.get("numbers", {}))
     return states
 
 
@@ -203,6 +211,8 @@ class RunRecord:
     """The paper's numbers for this trial, by metric."""
     paper_setting: str = ""
     """What those numbers were measured with."""
+    stop_collapsed: bool = False
+    """Whether the run is ended when it has collapsed."""
     git_commit: str | None = None
     data_digest: str | None = None
     created_at: float = field(default_factory=time.time)

@@ -18,6 +18,7 @@ from orchestrator.config import DataConfig, RunConfig
 from orchestrator.data.shelf import num_streams, shelf_for_trials
 from orchestrator.definition import design_definition, sweep_of
 from orchestrator.launch import trial_resources, tune_trial
+from orchestrator.metric_choice import KNN, Mode, choice_for_sweep
 from orchestrator.overrides import override
 from orchestrator.preflight import open_sources
 from orchestrator.progress import RunProgress
@@ -49,7 +50,8 @@ from orchestrator.runs import (
     resume_command,
     resumed_record,
 )
-from orchestrator.search import Mode, Search, first_suggestions
+from orchestrator.schedulers import last_first_rung, make_scheduler, scheduler_notes
+from orchestrator.search import Search, first_suggestions
 from orchestrator.summary import Summary
 from orchestrator.supervisor import supervise
 from orchestrator.sweep import CheckedSweep, Sweep, check, expand
@@ -57,8 +59,6 @@ from orchestrator.tracking import Target
 from orchestrator.worker import FAILURE_FILE
 
 if TYPE_CHECKING:
-    from ray.tune.schedulers import TrialScheduler
-
     from orchestrator.data.split import Source
 
 
@@ -169,7 +169,13 @@ def _resumed_search(folder: Path, definition: dict[str, Any], records: Mapping[s
     first = next(iter(records.values()))
     checked = check(sweep_of(definition, first.config))
     recorder = _Recorder(
-        folder.name, first.recipe, first.experiment, first.paper_setting, definition["method"], git_commit()
+        folder.name,
+        first.recipe,
+        first.experiment,
+        first.paper_setting,
+        definition["method"],
+        git_commit(),
+        first.stop_collapsed,
     )
     return Search(checked, folder, definition["objectives"], recorder.record)
 
@@ -185,6 +191,7 @@ class _Recorder:
     paper_setting: str
     method: str | None
     commit: str | None
+    stop_collapsed: bool
     sources: dict[DataConfig, Source] = field(default_factory=dict)
     digests: dict[DataConfig, str] = field(default_factory=dict)
 
@@ -205,6 +212,7 @@ class _Recorder:
             trial=dataclasses.replace(trial, method=trial.method or self.method),
             sweep=self.sweep,
             paper_setting=self.paper_setting,
+            stop_collapsed=self.stop_collapsed,
         )
 
 
@@ -217,27 +225,38 @@ def _write_plan(sweep: Sweep) -> _Plan:
     checked = check(sweep)
     trials = expand(sweep)
     sources = open_sources(trial.config for trial in trials)
-    if sweep.metric.startswith("eval/") and sweep.scheduler != "none":
+    choice = choice_for_sweep(
+        sweep.metric,
+        sweep.mode,
+        (trial.config for trial in trials),
+        has_labels=all(source.has_test_labels for source in sources.values()),
+    )
+    if choice.metric == KNN and sweep.scheduler != "none":
         for source in sources.values():
-            if source.test is None or source.test.labels is None or source.train.labels is None:
+            if not source.has_test_labels:
                 raise ConfigError(
-                    f"sweep.metric = {sweep.metric}: needs labels and a test split to stop trials by, but "
+                    f"sweep.metric = {choice.metric}: needs labels and a test split to stop trials by, but "
                     f"{source.describe()}"
                 )
     base = trials[0].config
     name = new_name(sweep.name)
     folder = Path(base.cluster.storage).resolve() / name
     experiment = base.tracking.experiment or sweep.name
-    recorder = _Recorder(name, sweep.recipe, experiment, sweep.paper_setting, None, git_commit(), sources)
+    recorder = _Recorder(
+        name, sweep.recipe, experiment, sweep.paper_setting, None, git_commit(), sweep.stop_collapsed, sources
+    )
     records = {trial.trial_id: recorder.record(trial) for trial in trials}
-    if sweep.scheduler == "asha":
+    if sweep.grace_steps is not None and sweep.scheduler != "none":
         shortest = min(int(record.derived["total_steps"]) for record in records.values())
-        assert sweep.grace_steps is not None
-        if sweep.grace_steps >= shortest:
+        judged = last_first_rung(sweep.scheduler, sweep.grace_steps, sweep.reduction_factor, sweep.brackets)
+        if judged >= shortest:
+            what = "no trial" if sweep.brackets == 1 else f"no trial of bracket {sweep.brackets}, judged at {judged},"
             raise ConfigError(
-                f"sweep.grace_steps = {sweep.grace_steps}: no trial could be stopped; must be less than the "
+                f"sweep.grace_steps = {sweep.grace_steps}: {what} could be stopped; must be less than the "
                 f"{shortest} steps of a trial"
             )
+    for note in scheduler_notes(sweep.scheduler, (trial.config for trial in trials)):
+        print(note, flush=True)
     definition = {
         "sweep": sweep.name,
         "recipe": sweep.recipe,
@@ -246,12 +265,15 @@ def _write_plan(sweep: Sweep) -> _Plan:
         "rows": {row: dataclasses.asdict(found) for row, found in sweep.rows.items()},
         "paper_setting": sweep.paper_setting,
         "seeds": sweep.seeds,
-        "metric": sweep.metric,
-        "mode": sweep.mode,
+        "metric": choice.metric,
+        "mode": choice.mode,
+        "metric_why": choice.why,
         "scheduler": sweep.scheduler,
         "grace_steps": sweep.grace_steps,
         "reduction_factor": sweep.reduction_factor,
-        **design_definition(checked, trials),
+        "brackets": sweep.brackets,
+        "stop_collapsed": sweep.stop_collapsed,
+        **design_definition(checked, trials, choice),
         "trials": [_entry(trial) for trial in trials],
     }
     plan = _Plan(folder, definition, records, _new_search(checked, folder, definition["objectives"], recorder))
@@ -354,7 +376,9 @@ def _tune(plan: _Plan, open_trials: list[str], ledger: Ledger, runs: list[RunPro
         param_space=space,
         tune_config=tune.TuneConfig(
             **search,
-            scheduler=_scheduler(plan.definition, max(int(r.derived["total_steps"]) for r in plan.records.values())),
+            scheduler=make_scheduler(
+                plan.definition, max(int(r.derived["total_steps"]) for r in plan.records.values())
+            ),
             max_concurrent_trials=concurrency,
             # A warm actor has torch imported already. A trial that only waits for a TorchTrainer cannot be reset.
             reuse_actors=launcher == "trial",
@@ -363,7 +387,7 @@ def _tune(plan: _Plan, open_trials: list[str], ledger: Ledger, runs: list[RunPro
             name=f"attempt-{time.time_ns()}",
             storage_path=str(plan.folder / "tune"),
             failure_config=tune.FailureConfig(max_failures=config.cluster.max_failures),
-            callbacks=[LedgerCallback(ledger, trials)],
+            callbacks=[LedgerCallback(ledger, trials, plan.definition["scheduler"])],
             verbose=0,
         ),
     )
@@ -371,23 +395,3 @@ def _tune(plan: _Plan, open_trials: list[str], ledger: Ledger, runs: list[RunPro
         tuner.fit()
         if shared_crops is not None:
             print(shared_crops.report(), flush=True)
-
-
-def _scheduler(definition: Mapping[str, Any], longest: int) -> TrialScheduler | None:
-    """Tune's scheduler for `Sweep.scheduler`; None runs every trial to its end.
-
-    ASHA counts in our own optimiser steps: Tune's `training_iteration` starts again when a trial is restarted.
-    """
-    if definition["scheduler"] == "none":
-        return None
-    from ray.tune.schedulers import ASHAScheduler
-
-    return ASHAScheduler(
-        time_attr="step",
-        metric=definition["metric"],
-        mode=definition["mode"],
-        grace_period=definition["grace_steps"],
-        reduction_factor=definition["reduction_factor"],
-        # A trial ends by itself; at max_t ASHA would cut its last evaluation off.
-        max_t=longest + 1,
-    )

@@ -91,6 +91,7 @@ def prepare_run(
     trial: Trial | None = None,
     sweep: str | None = None,
     paper_setting: str = "",
+    stop_collapsed: bool = False,
 ) -> RunRecord:
     """The record of a run that is to start. Computes what follows from the configuration and the data.
 
@@ -98,6 +99,7 @@ def prepare_run(
         data_digest: `source.digest()`, which may have to look at every file, so that trials share one.
         commit: `git_commit()`.
         trial: What the run is in the sweep of that name, if it is a part of one.
+        stop_collapsed: Whether the run is to be ended when it has collapsed.
 
     Raises:
         ConfigError: The run has no step.
@@ -124,6 +126,7 @@ def prepare_run(
         method=trial.method if trial else method,
         paper=dict(trial.paper) if trial else {},
         paper_setting=paper_setting,
+        stop_collapsed=stop_collapsed,
         git_commit=commit,
         data_digest=data_digest,
     )

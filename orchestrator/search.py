@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from dino_core.config import ConfigError
 from orchestrator.designs import Point
+from orchestrator.metric_choice import MetricChoice, Mode
 from orchestrator.overrides import check_values, config_keys
 from orchestrator.records import TRIALS_DIR, AppendOnly, RunRecord, RunState, read_curves, read_lines, read_states
 from orchestrator.runs import Trial
@@ -33,7 +34,6 @@ SEARCH_FILE = "search.jsonl"
 MAX_REFUSED = 100
 """Suggestions in a row that repeat an earlier one or make no sense, after which a search ends."""
 
-Mode = Literal["max", "min"]
 Outcome = Literal["open", "finished", "stopped", "failed"]
 
 
@@ -156,13 +156,13 @@ def first_suggestions(checked: CheckedSweep, modes: Sequence[Mode]) -> list[Aske
 
 def first_points(checked: CheckedSweep) -> list[Point]:
     """The configurations that a search tries before its first result."""
-    modes = list(objectives_of(checked.sweep.objectives, checked.sweep.metric, checked.sweep.mode).values())
+    modes: list[Mode] = list(checked.sweep.objectives.values()) or ["max"]  # which, makes no difference yet
     return [asked.point for asked in first_suggestions(checked, modes) if not asked.refused]
 
 
-def objectives_of(objectives: Mapping[str, Mode], metric: str, mode: Mode) -> dict[str, Mode]:
+def objectives_of(objectives: Mapping[str, Mode], choice: MetricChoice) -> dict[str, Mode]:
     """The metrics that a sweep searches by: `Sweep.objectives`, or the one that its trials are compared by."""
-    return dict(objectives) or {metric: mode}
+    return dict(objectives) or {choice.metric: choice.mode}
 
 
 def is_exhausted(history: Sequence[Asked]) -> bool:

@@ -7,22 +7,29 @@ from pathlib import Path
 
 from rich.console import Console
 
-from orchestrator.compare import KNN_METRIC, Comparison, compare, render, rich_tables
+from orchestrator.compare import KNN_METRIC, Comparison, compare
 from orchestrator.data.sources import DIGITS
-from orchestrator.records import BAD_SAMPLES_FILE, REPORT_FILE, SWEEP_FILE, read_json, read_lines
+from orchestrator.metric_choice import choice_for_trials
+from orchestrator.records import BAD_SAMPLES_FILE, REPORT_FILE, read_lines
 from orchestrator.report import SMOKE_TEST, write_report
+from orchestrator.tables import render, rich_tables
 from orchestrator.tracking import Target
-from orchestrator.trials import Mode, TrialSummary, load_from_disk
+from orchestrator.trials import common_definition, load_from_disk
 
 RAW_PIXELS = "eval/raw_pixel_knn_top1"
 
 
-def baselines(trials: list[TrialSummary], comparison: Comparison) -> dict[str, float]:
-    """k-NN of what was not learned, in per cent: the same backbone with random weights, and the pixels themselves."""
-    found = {}
+def baselines(comparison: Comparison) -> dict[str, float]:
+    """k-NN of what was not learned, in per cent: the same backbone with random weights, and the pixels themselves.
+
+    Nothing where trials are compared by something else.
+    """
+    found: dict[str, float] = {}
+    if comparison.metric != KNN_METRIC:
+        return found
     if comparison.random_weights is not None:
         found["same backbone, random weights"] = comparison.random_weights
-    pixels = [value for trial in trials if (value := trial.at(RAW_PIXELS, 0)) is not None]
+    pixels = [value for row in comparison.rows if (value := row.trial.at(RAW_PIXELS, 0)) is not None]
     if pixels:
         found["raw pixels"] = pixels[0]
     return found
@@ -42,17 +49,15 @@ class Summary:
     def of(cls, folder: Path, target: Target) -> Summary:
         """Read a sweep's or a run's folder."""
         trials = load_from_disk(folder)
-        metric: str = KNN_METRIC
-        mode: Mode = "max"
-        if (folder / SWEEP_FILE).exists():
-            definition = read_json(folder / SWEEP_FILE)
-            metric, mode = definition["metric"], definition["mode"]
-        comparison = compare(trials, metric, mode)
+        definition = common_definition(trials)
+        choice = choice_for_trials(trials, definition)
+        base = (definition or {}).get("base")
+        comparison = compare(trials, choice.metric, choice.mode, base=base, why=choice.why)
         notes = [SMOKE_TEST] if any(trial.params.get("data.source") == DIGITS for trial in trials) else []
         for path in sorted(folder.rglob(BAD_SAMPLES_FILE)):
             count = sum(1 for _ in read_lines(path))
             notes.append(f"Unreadable images were skipped: {count}, listed in {path}.")
-        return cls(folder, comparison, baselines(trials, comparison), tuple(notes), target.open_command())
+        return cls(folder, comparison, baselines(comparison), tuple(notes), target.open_command())
 
     def write_report(self) -> Path:
         """Write the self-contained HTML report into the folder."""

@@ -35,6 +35,7 @@ from orchestrator.designs import (
 )
 from orchestrator.factorial import Factorial, Resolution
 from orchestrator.labels import few, in_trials, label
+from orchestrator.metric_choice import LABEL_FREE, comparison_problems, metric_problems
 from orchestrator.overrides import (
     ALTERNATIVES,
     Key,
@@ -48,10 +49,12 @@ from orchestrator.overrides import (
 )
 from orchestrator.preflight import model_problems
 from orchestrator.runs import Trial, check_name
+from orchestrator.schedulers import SchedulerName, scheduler_problems
 from orchestrator.space import Range, Space, check_space
 
 METRICS = (
     "eval/knn_top1",
+    *LABEL_FREE,
     *(f"train/{name}" for name in ("loss", "teacher_entropy", "kl", "grad_norm", "feature_std", "images_per_s")),
     *(f"train/{name}" for name in ("lr", "weight_decay", "teacher_momentum", "teacher_temp", "epoch")),
     *(f"train/{name}" for name in ("feature_rank", "target_std", "loss_below_uniform", "prototype_usage")),
@@ -128,16 +131,23 @@ class Sweep(CheckedConfig):
     """What the numbers in `Row.paper` were measured with: data, backbone, epochs. Shown beside them."""
     seeds: int = number(1, ge=1)
     """Trials of each combination: with the seeds of `base`, that + 1, and so on; the same for all combinations."""
-    metric: str = "eval/knn_top1"
-    """What trials are compared by."""
-    mode: Literal["max", "min"] = "max"
-    """Whether a larger or a smaller metric is better."""
-    scheduler: Literal["none", "asha"] = "none"
-    """`none` runs every trial to its end; `asha` stops those that fall behind early (arXiv 1810.05934)."""
+    metric: str | None = None
+    """What trials are compared by; None: k-NN where there are labels and a test split, else RankMe."""
+    mode: Literal["max", "min"] | None = None
+    """Whether a larger or a smaller metric is better; None: as the metric says."""
+    scheduler: SchedulerName = "none"
+    """`none` runs every trial to its end; `asha` stops those that fall behind early (arXiv 1810.05934); `median` those
+    whose best value is below the median of the others' means so far (Google Vizier); `hyperband` is `asha` with several
+    `brackets`; `pbt` is refused, with the reason."""
     grace_steps: int | None = number(None, ge=1)
-    """asha: steps that every trial gets before it can be stopped."""
+    """asha, median, hyperband: steps that every trial gets before it can be stopped."""
     reduction_factor: int = number(4, ge=2)
-    """asha: one trial in this many goes on, at grace_steps, at grace_steps x reduction_factor, and so on."""
+    """asha, hyperband: one trial in this many goes on, at grace_steps, at grace_steps x reduction_factor, and so on."""
+    brackets: int = number(1, ge=1)
+    """hyperband: groups that trials are dealt to; each is judged first reduction_factor times later than the one
+    before."""
+    stop_collapsed: bool = False
+    """End a trial when two agreeing signals have said at two logged steps in a row that it has collapsed."""
 
     @property
     def recipe(self) -> str:
@@ -160,9 +170,10 @@ class Sweep(CheckedConfig):
             check_name(self.name)
         except ConfigError as error:
             problems.append(str(error))
-        if self.metric not in METRICS:
+        if self.metric is not None and self.metric not in METRICS:
             hint = did_you_mean(self.metric, METRICS)
             problems.append(f"metric = {self.metric}: no run logs it{hint}; must be one of {', '.join(METRICS)}")
+        problems += metric_problems(self.metric, self.mode)
         problems += self._design_problems()
         if self.method is not None:
             try:
@@ -173,12 +184,7 @@ class Sweep(CheckedConfig):
                 problems.append(
                     f"method = {self.method}: must be none for a sweep with rows, which say themselves what they are"
                 )
-        if self.scheduler == "asha" and self.grace_steps is None:
-            problems.append(
-                "grace_steps = None: must be a whole number >= 1 when sweep.scheduler = asha, "
-                "the steps that every trial gets before it can be stopped"
-            )
-        return problems
+        return problems + scheduler_problems(self.scheduler, self.grace_steps, self.brackets)
 
     def _design_problems(self) -> list[str]:
         problems = design_problems(
@@ -336,6 +342,9 @@ def expand(sweep: Sweep) -> list[Trial]:
         if trial.trial_id in trials:
             wrong[f"sweep.rows.{row}: must be called otherwise, two trials would be {trial.trial_id}"] = [called]
         trials[trial.trial_id] = trial
+    for metric in dict.fromkeys([sweep.metric, *sweep.objectives]):
+        for line in comparison_problems(metric, [trial.config for trial in trials.values()]):
+            wrong[line] = list(trials)
     if wrong:
         count = len(points) * sweep.seeds
         raise ConfigError("\n".join(line + in_trials(labels, count) for line, labels in wrong.items()))
@@ -350,10 +359,11 @@ def _check_trial(sweep: Sweep, config: RunConfig) -> None:
     problems = model_problems(config)
     if config.cluster.launcher == "local":
         problems.append("cluster.launcher = local: is without Ray, which runs a sweep's trials; use trial or train")
-    if sweep.scheduler == "asha" and sweep.metric.startswith("eval/") and config.pretrain.eval.every_steps is None:
+    by_evaluation = sweep.metric is None or sweep.metric.startswith("eval/")
+    if sweep.scheduler != "none" and by_evaluation and config.pretrain.eval.every_steps is None:
         problems.append(
-            f"pretrain.eval.every_steps = None: must be a whole number >= 1 when sweep.scheduler = asha, which "
-            f"judges trials by {sweep.metric} while they run"
+            f"pretrain.eval.every_steps = None: must be a whole number >= 1 when sweep.scheduler = {sweep.scheduler}, "
+            f"which judges trials by {sweep.metric or 'an evaluation'} while they run"
         )
     if problems:
         raise ConfigError("\n".join(problems))

@@ -196,6 +196,7 @@ def _items(folder: Path) -> Iterator[_Item]:
         # A search adds trials as it goes, and a param is told once.
         count = sweep["num_trials"] * sweep["seeds"] if sweep.get("design") == "optuna" else len(sweep["trials"])
         params |= {"seeds": sweep["seeds"], "trials": count, "metric": sweep["metric"]}
+        params |= {name: sweep[name] for name in ("mode", "metric_why") if name in sweep}
         yield _Item(folder, folder.name, states[folder.name], tags, params, (SWEEP_FILE, REPORT_FILE))
         parent = folder
         folders = [folder / TRIALS_DIR / trial["trial_id"] for trial in sweep["trials"]]
@@ -297,6 +298,8 @@ def _deliver_reason(client: MlflowClient, item: _Item, state: _Delivered) -> Non
     if item.state.event != "started":
         client.set_tag(state.run_id, "ended", item.state.event)
         client.set_tag(state.run_id, "reason", item.state.reason[:8000])
+        for name, value in item.state.numbers.items():  # sent twice, a point of the same time is kept once
+            client.log_metric(state.run_id, name, value, timestamp=int(item.state.time * 1000), step=0)
     state.status = _STATUS[item.state.event]
     state.save(item.folder)
 

@@ -5,21 +5,17 @@ from __future__ import annotations
 import difflib
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
 from dino_core.config import ConfigError
 from dino_core.diagnosis import Diagnosis, Verdict, diagnose
 from orchestrator import records, tracking
-from orchestrator.config import RunConfig, TrackingConfig
+from orchestrator.config import RunConfig
 from orchestrator.overrides import config_keys, override
-
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
-    from mlflow.entities import Run
 
 Curve = list[tuple[int, float]]
 Mode = Literal["max", "min"]
@@ -29,12 +25,34 @@ PROTOTYPES_KEY = "pretrain.head.num_prototypes"
 ENTROPY = "train/teacher_entropy"
 _PRETRAIN = "pretrain."
 
-_STATUS_OF_MLFLOW = {"FINISHED": "finished", "FAILED": "failed", "KILLED": "interrupted", "RUNNING": "running"}
-_MLFLOW_INFINITY = 1.7976931348623157e308  # what MLflow stores in place of infinity
-
 
 class CompareError(ValueError):
     """Nothing to compare: no such experiment, folder, or trial."""
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What a run drew at one of its evaluations."""
+
+    step: int
+    files: dict[str, bytes]
+    """PNG files by their names without the ending: `attention`, `crops`, `features`."""
+
+
+PICTURES_DIR = "pictures"
+_PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def png_files(folder: Path) -> dict[str, bytes]:
+    """The PNG files in a folder, by name without the ending; what only calls itself so is left out."""
+    files = {path.stem: path.read_bytes() for path in sorted(folder.glob("*.png"))}
+    return {name: content for name, content in files.items() if content.startswith(_PNG)}
+
+
+def picture_step(name: str) -> int:
+    """The step in the name of a folder of pictures (`step_00000500`); -1 for other names."""
+    number = name.removeprefix("step_")
+    return int(number) if number != name and number.isdigit() else -1
 
 
 @dataclass(frozen=True)
@@ -52,7 +70,27 @@ class TrialSummary:
     curves: dict[str, Curve] = field(default_factory=dict)
     """(step, value) pairs of each metric, by step."""
     reason: str = ""
-    """Why it failed or was interrupted, where that is known."""
+    """Why it failed, was stopped or was interrupted, where that is known."""
+    experiment: str = ""
+    """The MLflow experiment that it belongs to."""
+    sweep: str = ""
+    """The sweep that it is a trial of; empty outside one."""
+    git_commit: str | None = None
+    """The commit that it ran, with `-dirty` behind it if files differed."""
+    data_digest: str | None = None
+    """Digest of the images that it was trained on."""
+    uri: str = ""
+    """Where the record is: a folder, or the tracking server; for a server with pages, that of the run."""
+    record_name: str = ""
+    """A name that is the same on disk and in MLflow, by which a run that was asked for twice is known."""
+    definition: Mapping[str, Any] | None = field(default=None, repr=False, compare=False)
+    """That of its sweep (`sweep.json`), the same object for all its trials; None outside a sweep."""
+    load_pictures: Callable[[], Pictures | None] | None = field(default=None, repr=False, compare=False)
+
+    @cached_property
+    def pictures(self) -> Pictures | None:
+        """Its newest pictures, read when they are first asked for; None where there are none."""
+        return self.load_pictures() if self.load_pictures is not None else None
 
     @property
     def row(self) -> str | None:
@@ -123,6 +161,57 @@ class TrialSummary:
         return statistics.median(values) if values else None
 
 
+def load_trials(names: Iterable[str], *, storage: str = "./runs", uri: str | None = None) -> list[TrialSummary]:
+    """The trials of experiments, sweeps and runs, in the order given; one that is named twice comes once.
+
+    Args:
+        names: Each the path of a folder of a run or sweep, the name of one in `storage`, or in MLflow the name of an
+            experiment (all its sweeps and runs), the id of a run, or the name of a run or sweep; looked for in this
+            order.
+        storage: `cluster.storage`.
+        uri: Of the tracking server; None is `tracking.Target`'s default.
+
+    Raises:
+        CompareError: There is none of that name (naming the nearest), or it cannot be read or holds no run.
+    """
+    found: dict[str, TrialSummary] = {}
+    for name in names:
+        folder = next((path for path in (Path(name), Path(storage) / name) if path.is_dir()), None)
+        for trial in load_from_disk(folder) if folder is not None else load_from_mlflow(name, uri):
+            found.setdefault(trial.record_name or trial.run_id, trial)
+    return list(found.values())
+
+
+def load_from_mlflow(name: str, uri: str | None = None) -> list[TrialSummary]:
+    """The trials of an MLflow experiment, or of a run or sweep by its id or name. Raises CompareError."""
+    from orchestrator.mlflow_trials import read_trials
+
+    return read_trials(name, uri)
+
+
+def common_definition(trials: Iterable[TrialSummary]) -> Mapping[str, Any] | None:
+    """What the sweeps of the trials say together: the metric and mode on which they agree, and the base that is the
+    same in all; None for trials of no sweep, or of several that are ranked by different metrics."""
+    found = list({id(trial.definition): trial.definition for trial in trials if trial.definition is not None}.values())
+    if not found or len({(each.get("metric"), each.get("mode")) for each in found}) > 1:
+        return None
+    first = found[0]
+    return (
+        first
+        if len(found) == 1
+        else {key: first[key] for key in first if all(key in each and each[key] == first[key] for each in found)}
+    )
+
+
+def check_metric(metric: str, trials: Sequence[TrialSummary]) -> None:
+    """Raise CompareError, naming the nearest, if no trial logged the metric."""
+    logged = sorted({name for trial in trials for name in trial.curves})
+    if metric not in logged:
+        near = difflib.get_close_matches(metric, logged, n=3) or logged[:10]
+        there = f"; there is {', '.join(near)}" if near else "; nothing was logged"
+        raise CompareError(f"--metric {metric}: no trial logged it{there}")
+
+
 def load_from_disk(folder: Path | str) -> list[TrialSummary]:
     """The trials of a sweep's folder, the one run of a run's folder, or all runs of a folder that holds some.
 
@@ -130,11 +219,19 @@ def load_from_disk(folder: Path | str) -> list[TrialSummary]:
     """
     folder = Path(folder)
     if (folder / records.RUN_FILE).is_file():
-        return [_read_run(folder, records.read_states(folder))]
+        # A sweep's trial has no ledger of its own.
+        sweep = folder.parent.parent if folder.parent.name == records.TRIALS_DIR else folder
+        return [_read_run(folder, records.read_states(sweep), _definition_of(sweep))]
     if (folder / records.SWEEP_FILE).is_file():
-        states = records.read_states(folder)
-        return [_read_run(run, states) for run in _run_dirs(folder / records.TRIALS_DIR, folder)]
+        states, definition = records.read_states(folder), _definition_of(folder)
+        return [_read_run(run, states, definition) for run in _run_dirs(folder / records.TRIALS_DIR, folder)]
     return [_read_run(run, records.read_states(run)) for run in _run_dirs(folder, folder)]
+
+
+def _definition_of(folder: Path) -> dict[str, Any] | None:
+    """The definition of a sweep, of its folder; None of the folder of a lone run."""
+    path = folder / records.SWEEP_FILE
+    return records.read_json(path) if path.is_file() else None
 
 
 def _run_dirs(parent: Path, asked: Path) -> list[Path]:
@@ -145,7 +242,9 @@ def _run_dirs(parent: Path, asked: Path) -> list[Path]:
     return found
 
 
-def _read_run(run_dir: Path, states: dict[str, records.RunState]) -> TrialSummary:
+def _read_run(
+    run_dir: Path, states: dict[str, records.RunState], definition: Mapping[str, Any] | None = None
+) -> TrialSummary:
     record = records.RunRecord.read(run_dir)
     state = states.get(record.run_id)
     params = {key: str(value) for key, value in record.config.items()}
@@ -159,84 +258,23 @@ def _read_run(run_dir: Path, states: dict[str, records.RunState]) -> TrialSummar
         seed=record.seed,
         curves=records.read_curves(run_dir),
         reason=state.reason if state else "",
+        experiment=record.experiment,
+        sweep=record.sweep or "",
+        git_commit=record.git_commit,
+        data_digest=record.data_digest,
+        uri=str(run_dir.resolve()),
+        record_name=tracking.unique_name(run_dir.resolve()),
+        definition=definition,
+        load_pictures=partial(_pictures_on_disk, run_dir),
     )
+
+
+def _pictures_on_disk(run_dir: Path) -> Pictures | None:
+    folders = sorted((run_dir / PICTURES_DIR).glob("step_*"), key=lambda path: picture_step(path.name), reverse=True)
+    return next((Pictures(picture_step(path.name), files) for path in folders if (files := png_files(path))), None)
 
 
 def _status(state: records.RunState | None) -> str:
     if state is None:
         return "not started"
     return "running" if state.event == "started" else state.event
-
-
-def load_from_mlflow(experiment: str, uri: str | None = None) -> list[TrialSummary]:
-    """The runs of an MLflow experiment, without the parent runs of its sweeps.
-
-    `uri` None is `tracking.Target`'s default. Raises CompareError if the store or the experiment does not exist (naming
-    the nearest), cannot be read, or holds no run.
-    """
-    target = tracking.Target.of(TrackingConfig(uri=uri))
-    if target.uri.startswith("sqlite:///") and not Path(target.uri.removeprefix("sqlite:///")).is_file():
-        raise CompareError(
-            f"{experiment}: no such folder of a run or sweep, and no MLflow store at {target.uri} yet; "
-            "the first run creates it"
-        )
-    from mlflow.exceptions import MlflowException
-
-    try:
-        client = tracking.connect(target)
-        found = client.get_experiment_by_name(experiment)
-        if found is None:
-            raise CompareError(_unknown_experiment(client, experiment))
-        runs = list(_search_runs(client, found.experiment_id))
-        parents = {run.data.tags.get("mlflow.parentRunId") for run in runs}
-        trials = [_read_mlflow_run(client, run) for run in runs if not _is_parent(run, parents)]
-    except MlflowException as error:
-        raise CompareError(f"cannot read experiment {experiment!r} from {target.uri}: {error.message}") from error
-    if not trials:
-        raise CompareError(f"experiment {experiment!r} has no runs yet")
-    return trials
-
-
-def _is_parent(run: Run, parents: set[str | None]) -> bool:
-    # A sweep that has no trial yet is known by its tag.
-    return run.info.run_id in parents or run.data.tags.get("kind") == "sweep"
-
-
-def _unknown_experiment(client: MlflowClient, name: str) -> str:
-    names = [experiment.name for experiment in client.search_experiments()]
-    near = difflib.get_close_matches(name, names, n=3) or sorted(names)[:10]
-    return f"no experiment {name!r}; " + (f"there is {', '.join(map(repr, near))}" if near else "there is none yet")
-
-
-def _search_runs(client: MlflowClient, experiment_id: str) -> Iterator[Run]:
-    token: str | None = None
-    while True:
-        page = client.search_runs([experiment_id], order_by=["attributes.start_time ASC"], page_token=token)
-        yield from page
-        token = page.token
-        if not token:
-            return
-
-
-def _read_mlflow_run(client: MlflowClient, run: Run) -> TrialSummary:
-    params = dict(run.data.params)
-    curves = {}
-    for metric in run.data.metrics:
-        points = {point.step: point.value for point in client.get_metric_history(run.info.run_id, metric)}
-        curves[metric] = sorted(
-            (step, math.copysign(math.inf, value) if abs(value) >= _MLFLOW_INFINITY else value)
-            for step, value in points.items()
-        )
-    seed = params.get(SEED_KEY)
-    status = _STATUS_OF_MLFLOW.get(run.info.status, "not started")
-    if status == "finished" and run.data.tags.get("ended") == "stopped":
-        status = "stopped"
-    return TrialSummary(
-        run_id=run.info.run_id,
-        name=run.info.run_name or run.info.run_id,
-        status=status,
-        params=params,
-        seed=int(seed) if seed is not None else None,
-        curves=curves,
-        reason=run.data.tags.get("reason", "") if status not in ("finished", "running") else "",
-    )

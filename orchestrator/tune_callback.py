@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ray import tune
 
 from orchestrator.records import Ledger, RunRecord
+from orchestrator.stoppers import read_stop, stop_of
 from orchestrator.worker import read_failure
 
 if TYPE_CHECKING:
@@ -21,11 +22,13 @@ class LedgerCallback(tune.Callback):
     Args:
         ledger: Of the sweep.
         records: Run folder (as in the trials' parameters) to the run's record.
+        scheduler: Who ends trials before their last step, unless they ended themselves.
     """
 
-    def __init__(self, ledger: Ledger, records: Mapping[str, RunRecord]) -> None:
+    def __init__(self, ledger: Ledger, records: Mapping[str, RunRecord], scheduler: str) -> None:
         self._ledger = ledger
         self._records = records
+        self._scheduler = scheduler
 
     def __getstate__(self) -> dict[str, Any]:
         """Nothing: Tune keeps a copy of its callbacks for `Tuner.restore`, which is never used here."""
@@ -36,12 +39,16 @@ class LedgerCallback(tune.Callback):
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         record = self._record(trial)
-        failure = read_failure(Path(trial.config["run_dir"]))
+        run_dir = Path(trial.config["run_dir"])
+        failure, stop = read_failure(run_dir), read_stop(run_dir)
         step = int((trial.last_result or {}).get("step", 0))
         if failure is not None:
             self._ledger.record(record.run_id, "failed", failure)
-        elif step < record.derived["total_steps"]:
-            self._ledger.record(record.run_id, "stopped", f"by the scheduler at step {step}")
+        elif stop is not None or step < record.derived["total_steps"]:
+            if stop is None:
+                stop = stop_of(run_dir, self._scheduler, step)
+                stop.write(run_dir)
+            self._ledger.record(record.run_id, "stopped", stop.reason, stop.numbers)
         else:
             self._ledger.record(record.run_id, "finished")
 

@@ -12,24 +12,29 @@ from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from dino_core.config import ConfigError
 from orchestrator.config import Launcher, RunConfig
 from orchestrator.errors import RunFailed
 from orchestrator.overrides import override
-from orchestrator.records import CHECKPOINTS_DIR, RUN_FILE, Journal, RunRecord, write_json
+from orchestrator.records import CHECKPOINTS_DIR, RUN_FILE, Journal, RunRecord, read_curves, write_json
+from orchestrator.stoppers import STOPPED_FILE, Collapsed, CollapseStopper, first_judged_step, stop_of
 
 if TYPE_CHECKING:
     from dino_core.crops import MultiCrop
-    from dino_core.train import TrainState
+    from dino_core.train import Evaluate, TrainState
     from orchestrator.data.loaders import Loader
     from orchestrator.data.split import Source
     from orchestrator.data.stream import Batch
+    from orchestrator.pictures import Pictures
 
 FAILURE_FILE = "failure.json"
 """Why a run cannot succeed however often it is tried. The driver removes it before it starts the run anew."""
 
+_NO_HOST_MEMORY = "DefaultCPUAllocator: can't allocate memory"
+
+Found = TypeVar("Found")
 Report = Callable[[dict[str, float]], None]
 """Takes the newest value of every metric, with `step`. Called by every rank at the same steps."""
 
@@ -55,7 +60,8 @@ def run_worker(run_dir: Path, place: Place, report: Report) -> None:
 
     A failure that another attempt would only repeat (numbers that are not finite, too many unreadable images, no memory
     or disk space, a configuration that does not fit) is left in the run's failure file, where later attempts and the
-    driver find it.
+    driver find it. So is how a run was ended whose record asks for it to be stopped when it has collapsed
+    (`orchestrator.stoppers`); it is no failure.
 
     Raises:
         FileNotFoundError: The run folder is not visible on this machine.
@@ -71,7 +77,7 @@ def run_worker(run_dir: Path, place: Place, report: Report) -> None:
         raise FileNotFoundError(
             f"{run_dir}: not visible on this machine; cluster.storage must be a folder that all machines share"
         )
-    if read_failure(run_dir) is not None:
+    if read_failure(run_dir) is not None or (run_dir / STOPPED_FILE).exists():
         return
     config = override(RunConfig(), RunRecord.read(run_dir).config)
     torch.set_num_threads(config.cluster.cpus_per_worker)
@@ -79,10 +85,15 @@ def run_worker(run_dir: Path, place: Place, report: Report) -> None:
         _train(run_dir, config, place, report)
     except (
         *(ConfigError, RunFailed, NonFiniteLossError, CheckpointError),
-        *(TooManyBadSamples, torch.OutOfMemoryError),
+        *(TooManyBadSamples, torch.OutOfMemoryError, MemoryError),
     ) as error:
         write_json(run_dir / FAILURE_FILE, {"reason": f"{type(error).__name__}: {error}"})
         if place.world > 1:
+            raise
+    except RuntimeError as error:
+        if _NO_HOST_MEMORY in str(error):  # torch has no class for this one
+            write_json(run_dir / FAILURE_FILE, {"reason": f"OutOfMemoryError: {str(error).splitlines()[0]}"})
+        if _NO_HOST_MEMORY not in str(error) or place.world > 1:
             raise
 
 
@@ -94,10 +105,12 @@ def _train(run_dir: Path, config: RunConfig, place: Place, report: Report) -> No
     from orchestrator.data.loaders import make_loader
     from orchestrator.data.sources import open_source
     from orchestrator.evaluation import make_evaluate
+    from orchestrator.pictures import Pictures
 
     pretrain = config.pretrain
     source = open_source(config.data)
-    digest = RunRecord.read(run_dir).data_digest
+    record = RunRecord.read(run_dir)
+    digest = record.data_digest
     loader = make_loader(config, source, "train", digest)
     state = TrainState.create(pretrain, len(source.train), place.device)
     checkpoints = run_dir / CHECKPOINTS_DIR
@@ -107,6 +120,9 @@ def _train(run_dir: Path, config: RunConfig, place: Place, report: Report) -> No
     crops = MultiCrop(pretrain.crops, pretrain.seed)
     bad = BadSampleLog(run_dir, source.train, config.data)
     journal = Journal(run_dir) if place.rank == 0 else None
+    stopper = None
+    if record.stop_collapsed:
+        stopper = CollapseStopper(pretrain, first_judged_step(pretrain, state.schedules), read_curves(run_dir))
     latest: dict[str, float] = {}
 
     def on_log(step: int, metrics: dict[str, float]) -> None:
@@ -117,6 +133,10 @@ def _train(run_dir: Path, config: RunConfig, place: Place, report: Report) -> No
             journal.log(step, metrics)
         latest.update(metrics)
         report({**latest, "step": step, "total_steps": state.schedules.total_steps})
+        if stopper is not None:
+            found = _same_on_all_ranks(stopper.observe(step, metrics), place)
+            if found is not None:
+                raise Collapsed(step, found)
 
     def on_checkpoint(state: TrainState) -> None:
         save_checkpoint(state, checkpoints)
@@ -127,23 +147,41 @@ def _train(run_dir: Path, config: RunConfig, place: Place, report: Report) -> No
         with closing(_batches(config, source, loader, crops, state, place)) as batches:
             finished = (crops.finish(bad.note(batch), place.device) for batch in batches)
             evaluate = make_evaluate(config, source, digest)
+            if pretrain.eval.num_pictures:
+                pictures = Pictures(config, source, loader, run_dir) if place.rank == 0 else None
+                evaluate = _with_pictures(evaluate, pictures)
             train(state, finished, on_log=on_log, on_checkpoint=on_checkpoint, evaluate=evaluate)
             if evaluate is None:  # else the last evaluation told that the run is complete
                 report({**latest, "step": state.step, "total_steps": state.schedules.total_steps})
+    except Collapsed as collapse:
+        if place.rank == 0:
+            stop_of(run_dir, "collapse", collapse.step, collapse.diagnosis).write(run_dir)
     finally:
         if journal is not None:
             journal.close()
 
 
-def _same_on_all_ranks(path: Path | None, place: Place) -> Path | None:
-    """Rank 0's path: on a shared file system a machine may see a new or deleted checkpoint later than another."""
+def _with_pictures(evaluate: Evaluate | None, pictures: Pictures | None) -> Evaluate:
+    """The evaluation, which draws as well where `pictures` are given; every rank has one, or none."""
+
+    def evaluate_and_draw(state: TrainState) -> dict[str, float]:
+        metrics = evaluate(state) if evaluate is not None else {}
+        if pictures is not None and pictures.is_due(state):
+            pictures.draw(state)
+        return metrics
+
+    return evaluate_and_draw
+
+
+def _same_on_all_ranks(found: Found, place: Place) -> Found:
+    """What rank 0 found: on a shared file system a machine may see a new or deleted file later than another."""
     if place.world == 1:
-        return path
+        return found
     import torch.distributed as dist
 
-    paths = [path]
-    dist.broadcast_object_list(paths)
-    return paths[0]
+    objects = [found]
+    dist.broadcast_object_list(objects)
+    return objects[0]
 
 
 def _batches(

@@ -69,7 +69,8 @@ def quickstart() -> RunConfig:
                 final_weight_decay=0.1,
                 freeze_last_layer_epochs=1.0,
             ),
-            eval=EvalConfig(every_steps=50, crop_fraction=1.0),
+            # Enough for 64 features, and a small part of a run that evaluates as often.
+            eval=EvalConfig(every_steps=50, crop_fraction=1.0, num_lidar_images=128, num_lidar_views=4),
         ),
         data=DataConfig(source="digits"),
         cluster=ClusterConfig(data_cpus=1),

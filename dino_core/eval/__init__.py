@@ -9,11 +9,17 @@ if TYPE_CHECKING:
     from dino_core.eval.features import eval_transform as eval_transform
     from dino_core.eval.features import extract_features as extract_features
     from dino_core.eval.knn import knn_accuracy as knn_accuracy
+    from dino_core.eval.rank import alpha_req as alpha_req
+    from dino_core.eval.rank import lidar as lidar
+    from dino_core.eval.rank import rankme as rankme
 
 _MODULES = {
     "eval_transform": "dino_core.eval.features",
     "extract_features": "dino_core.eval.features",
     "knn_accuracy": "dino_core.eval.knn",
+    "alpha_req": "dino_core.eval.rank",
+    "lidar": "dino_core.eval.rank",
+    "rankme": "dino_core.eval.rank",
 }
 
 __all__ = list(_MODULES)

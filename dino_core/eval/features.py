@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Evaluation mode; every module is put back into the mode in which it was found."""
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 @torch.no_grad()
@@ -21,13 +34,8 @@ def extract_features(backbone: nn.Module, images: Iterable[Tensor]) -> Tensor:
         ValueError: no batch.
     """
     parameter = next(backbone.parameters())
-    modes = [(module, module.training) for module in backbone.modules()]
-    backbone.eval()
-    try:
+    with evaluating(backbone):
         features = [backbone(batch.to(parameter.device, non_blocking=True)).float() for batch in images]
-    finally:
-        for module, mode in modes:
-            module.training = mode
     if not features:
         raise ValueError("images: must hold at least one batch")
     return torch.cat(features)

@@ -91,6 +91,11 @@ class Source:
         """Images to train on."""
         return len(self.train)
 
+    @property
+    def has_test_labels(self) -> bool:
+        """Whether k-NN can be measured: labels on both sides, and images to test on."""
+        return self.test is not None and self.test.labels is not None and self.train.labels is not None
+
     def digest(self) -> str:
         """A fingerprint of the content, 32 characters: of the pixels (digits), of names and sizes (folder), or of
         names, sizes and what the files themselves say of the places and sizes of their parts (Parquet, Arrow)."""

@@ -29,7 +29,7 @@ from orchestrator.data.loaders import Loader
 from orchestrator.data.plan import IndexPlan
 from orchestrator.data.shelf import Shelf, prefer_this_machine
 from orchestrator.data.sources import Split
-from orchestrator.data.tasks import Cost, Limits, Part, Round, Share, Sizes, in_executions, plan_rounds
+from orchestrator.data.tasks import Cost, Limits, Part, Round, Share, Sizes, in_executions, plan_rounds, tasks_at_once
 
 Batch = dict[str, Tensor]
 """What `MultiCrop.make` returns, with `sample_id` int64 [B] (the samples whose crops these are) and `bad_id` int64 [B]
@@ -232,7 +232,11 @@ def _ray_stream(batches: Batches, rounds: Sequence[Round], cpus: float, store_by
     # A block is one number and no batch size is given, so that each becomes a task.
     numbers = ray.data.from_items([{"part": part} for part in range(len(parts))], override_num_blocks=len(parts))
     dataset = numbers.map_batches(
-        _part_maker(batches, parts), batch_size=None, batch_format="numpy", **prefer_this_machine()
+        _part_maker(batches, parts),
+        batch_size=None,
+        batch_format="numpy",
+        num_cpus=_cpus_of_task(cpus),
+        **prefer_this_machine(),
     )
     # The dataset's own settings: nothing leaks into those of the process.
     context = dataset.context
@@ -274,6 +278,14 @@ def _store_share(data_cpus: float) -> float:
     (resources,) = (node["Resources"] for node in ray.nodes() if node["NodeID"] == here)
     share: float = resources["object_store_memory"] * min(1, data_cpus / max(1, resources.get("CPU", 0)))
     return share
+
+
+def _cpus_of_task(cpus: float) -> float:
+    """What a task reserves, so that one more of them than there are CPUs is under way.
+
+    Ray Data looks for finished tasks every 0.1 s. Until it starts the next, the one more has the CPU.
+    """
+    return math.floor(1e4 * cpus / tasks_at_once(cpus)) / 1e4  # Ray counts in 1/10,000 of a CPU
 
 
 def _part_maker(batches: Batches, parts: Sequence[Part]) -> Callable[[dict[str, Any]], dict[str, np.ndarray]]:

@@ -21,6 +21,11 @@ _MAX_ROUND_BYTES = 1 << 30
 _TASKS_PER_EXECUTION = 512  # Ray Data plans every task before the first, so a long run is several executions
 
 
+def tasks_at_once(data_cpus: float) -> int:
+    """How many tasks of a worker are under way: one more than it has CPUs for them."""
+    return math.ceil(data_cpus) + 1
+
+
 class Part(NamedTuple):
     """What one task makes."""
 
@@ -67,8 +72,8 @@ class Limits(NamedTuple):
     @classmethod
     def of_store(cls, num_bytes: float, data_cpus: float) -> Limits:
         """For a worker that may use `num_bytes` of the store and `data_cpus` tasks at once."""
-        # Ready, in the making and in use: each task has room for its output twice, as Ray Data copies it.
-        at_once = 2 * (math.ceil(data_cpus) + 2)
+        # In the making, ready and in use: each task has room for its output twice, as Ray Data copies it.
+        at_once = 2 * (tasks_at_once(data_cpus) + 2)
         return cls(min(_MAX_TASK_BYTES, int(num_bytes / at_once)), min(_MAX_ROUND_BYTES, int(num_bytes / 4)))
 
 

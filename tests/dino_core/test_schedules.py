@@ -8,7 +8,13 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from dino_core.config import ConfigError, OptimConfig, PretrainConfig, TeacherConfig
-from dino_core.schedules import build_schedules, cosine_schedule, linear_warmup_schedule
+from dino_core.schedules import (
+    build_schedules,
+    cosine_schedule,
+    linear_warmup_schedule,
+    shaped_schedule,
+    wsd_schedule,
+)
 
 
 def config(**changes: object) -> PretrainConfig:
@@ -72,6 +78,70 @@ def test_linear_warmup_includes_both_ends():
         schedule(-1)
     with pytest.raises(ValueError, match="warmup_steps = -1"):
         linear_warmup_schedule(0, 1, -1)
+
+
+def test_wsd_warms_up_stays_and_falls_by_one_minus_sqrt():
+    schedule = wsd_schedule(1.0, 0.2, total_steps=12, warmup_steps=3, decay_steps=4)
+    falling = [0.2 + 0.8 * share for share in (1, 1 - 0.5, 1 - 0.5**0.5, 1 - 0.75**0.5)]  # 1 - sqrt of 0, 1/4, 1/2, 3/4
+    expected = [0.0, 0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, *falling]
+    assert [schedule(step) for step in range(12)] == pytest.approx(expected, rel=1e-12)
+    with pytest.raises(ValueError, match="step = 12"):
+        schedule(12)
+
+
+def test_wsd_without_a_decay_stays_and_without_a_stable_part_falls_from_the_start():
+    assert [wsd_schedule(2.0, 0.0, 3)(step) for step in range(3)] == [2.0, 2.0, 2.0]
+    assert [wsd_schedule(2.0, 0.0, 4, 0, 4)(step) for step in (0, 1)] == [2.0, 1.0]
+
+
+@pytest.mark.parametrize(("total", "warmup", "decay"), [(0, 0, 0), (10, 6, 5), (10, -1, 2), (10, 2, -1)])
+def test_wsd_that_does_not_fit_is_an_error(total, warmup, decay):
+    with pytest.raises(ValueError, match="steps = "):
+        wsd_schedule(1.0, 0.0, total, warmup, decay)
+
+
+def test_shapes_between_two_values():
+    assert [shaped_schedule("linear", 1.0, 3.0, 4)(step) for step in range(4)] == [1.0, 1.5, 2.0, 2.5]
+    assert [shaped_schedule("constant", 1.0, 3.0, 4)(step) for step in range(4)] == [1.0] * 4
+    cosine = cosine_schedule(1.0, 3.0, 4)
+    assert [shaped_schedule("cosine", 1.0, 3.0, 4)(step) for step in range(4)] == [cosine(step) for step in range(4)]
+    for shape in ("linear", "constant", "cosine"):
+        with pytest.raises(ValueError, match="step = 4"):
+            shaped_schedule(shape, 1.0, 3.0, 4)(4)
+        with pytest.raises(ValueError, match="total_steps = 0"):
+            shaped_schedule(shape, 1.0, 3.0, 0)
+
+
+def stable(steps: int):
+    """wsd with constant weight decay and momentum, 12.5 steps per epoch, one of them warm-up."""
+    optim = OptimConfig(schedule="wsd", weight_decay_schedule="constant", warmup_epochs=1, decay_fraction=0.25)
+    teacher = TeacherConfig(momentum_schedule="constant", momentum=0.99)
+    return build_schedules(config(steps=steps, epochs=None, optim=optim, teacher=teacher), 100)
+
+
+def test_the_stable_part_of_a_run_does_not_depend_on_its_length():
+    short, long = stable(80), stable(400)
+    for step in range(61):  # the decay of the short one begins with its second value at step 61
+        for name in ("lr", "weight_decay", "momentum", "teacher_temp"):
+            assert getattr(short, name)(step) == getattr(long, name)(step)
+    assert short.lr(61) < long.lr(61)
+    assert (short.weight_decay(79), short.momentum(79)) == (0.04, 0.99)
+
+
+def test_the_ema_scaling_rule_holds_for_every_shape():
+    teacher = TeacherConfig(
+        momentum=0.9, final_momentum=1.0, momentum_schedule="linear", momentum_reference_batch_size=4
+    )
+    schedules = build_schedules(config(steps=10, epochs=None, teacher=teacher), 100)
+    assert schedules.momentum(5) == pytest.approx(0.95**2)
+
+
+def test_a_decay_that_runs_into_the_warmup_is_refused():
+    optim = OptimConfig(schedule="wsd", warmup_epochs=1, decay_fraction=0.5)  # 12 steps of warm-up, 10 of decay
+    with pytest.raises(ConfigError, match=r"pretrain.optim.decay_fraction = 0.5: is 10 steps, .* at most 0.4"):
+        build_schedules(config(steps=20, epochs=None, optim=optim), 100)
+    build_schedules(config(steps=20, epochs=None, optim=OptimConfig(schedule="wsd", warmup_epochs=1)), 100)
+    build_schedules(config(steps=5, epochs=None, optim=optim), 100)  # the beginning of a longer run, all warm-up
 
 
 def test_durations_in_epochs_become_steps():

@@ -525,6 +525,27 @@ class Stream:
         self.closed = True
 
 
+def test_with_wsd_the_first_steps_of_a_run_do_not_depend_on_its_length():
+    optim = dataclasses.replace(CONFIG.optim, schedule="wsd", decay_fraction=0.25, weight_decay_schedule="constant")
+    teacher = dataclasses.replace(CONFIG.teacher, momentum_schedule="constant")
+    states = {}
+    for steps in (8, 12, 16):  # they decay from steps 6, 9 and 12 on
+        config = changed(steps=steps, optim=optim, teacher=teacher)
+        states[steps] = TrainState.create(config, NUM_SAMPLES)
+        for step in range(7):  # the first step of a decay still has the whole rate
+            train_step(states[steps], batch(step, config))
+    assert equal(snapshot(states[8]), snapshot(states[16]))
+    assert equal(snapshot(states[12]), snapshot(states[16]))
+    for steps in (8, 16):
+        train_step(states[steps], batch(7, states[steps].config))
+    assert not equal(snapshot(states[8]), snapshot(states[16])), "one of the two is decaying by now"
+    cosine = [TrainState.create(changed(steps=steps), NUM_SAMPLES) for steps in (8, 16)]
+    for step in range(7):
+        for state in cosine:
+            train_step(state, batch(step))
+    assert not equal(snapshot(cosine[0]), snapshot(cosine[1])), "a cosine does depend on it"
+
+
 def test_batches_that_end_too_early_are_an_error_and_closed():
     stream = Stream(3)
     with pytest.raises(RuntimeError, match="the batches ended before step 3 of 10"):

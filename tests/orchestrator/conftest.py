@@ -56,6 +56,8 @@ def ray_head() -> Iterator[Head]:
     # Jobs that are submitted to the head find the `python` of these tests.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = os.environ | CHILD_ENV | {"PATH": path}
+    # Of a job that is stopped, before it is killed; Ray's three seconds can be too few on a busy machine.
+    environment["RAY_JOB_STOP_WAIT_TIME_S"] = "60"
     command = [ray, "start", "--head", f"--port={port}", "--num-cpus=8", "--include-dashboard=true"]
     # Agents of a Ray that has just ended hold the default ports for a while; a head without its agent runs no job.
     command += [f"--dashboard-agent-listen-port={free_port()}", f"--metrics-export-port={free_port()}"]
@@ -76,7 +78,7 @@ def ray_head() -> Iterator[Head]:
 
 
 def _wait_for_head(process: subprocess.Popen[bytes], dashboard: int, temporary: Path) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 200
     while time.monotonic() < deadline and process.poll() is None:
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{dashboard}/api/version", timeout=5):

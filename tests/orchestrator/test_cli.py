@@ -79,7 +79,10 @@ BAD_INPUT = [
     ([*SQ, "--base", "dino_vit"], "error: unknown recipe 'dino_vit'; did you mean dino_vits16?"),
     ([*SQ, "--seeds", "0"], "Invalid value for '--seeds'"),
     ([*SQ, "--seeds", "2", "sweep.seeds=3"], "error: sweep.seeds: given twice"),
-    ([*SQ, "sweep.scheduler=ash"], "error: sweep.scheduler = ash: must be one of none, asha; did you mean asha?"),
+    (
+        [*SQ, "sweep.scheduler=ash"],
+        "error: sweep.scheduler = ash: must be one of none, asha, median, hyperband, pbt; did you mean asha?",
+    ),
     ([*SQ, "pretrain.teacher.temp=0.1"], "the sweep varies pretrain.teacher.temp; choose its values by --vary"),
     ([*SQ, "--vary", "pretrain.optim.lr=1e-3,0"], "error: pretrain.optim.lr = 0: must be a number > 0"),
     ([*SQ, "--vary", "pretrain.optim.lr"], "error: --vary pretrain.optim.lr: must be key=value,value,..."),
@@ -88,6 +91,8 @@ BAD_INPUT = [
     (["sweep", "--resume", "nowhere", "--seeds", "2"], "cannot be combined with --seeds"),
     (["compare", "nowhere", "tracking.uri=sqlite:///nowhere.db"], "error: nowhere: no such folder of a run or sweep"),
     (["compare", "nowhere", "--format", "pdf"], "Invalid value for '--format'"),
+    (["compare", "cluster.storage=runs"], "Missing argument 'EXPERIMENT'"),
+    (["compare"], "Missing argument 'EXPERIMENT"),
 ]
 
 
@@ -123,7 +128,7 @@ def run(*arguments: str, code: str | None = None) -> subprocess.CompletedProcess
     start = ["-m", "orchestrator"] if code is None else ["-c", code]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.run(
-        [sys.executable, *start, *arguments], capture_output=True, text=True, timeout=120, env=environment, check=False
+        [sys.executable, *start, *arguments], capture_output=True, text=True, timeout=250, env=environment, check=False
     )
 
 
@@ -210,11 +215,11 @@ def test_file_then_command_line_then_run(calls: list[Any], tmp_path: Path) -> No
 
 def test_a_sweep_is_made_of_all_that_is_given(calls: list[Any]) -> None:
     options = ["--vary", "pretrain.optim.lr=1e-3,1e-4", "--seeds", "3", "--base", "cifar10_tiny"]
-    assert cli.main(["sweep", "temperature", "pretrain.steps=5", *options, "sweep.metric=train/loss"]) == 0
+    assert cli.main(["sweep", "temperature", "pretrain.steps=5", *options, "sweep.metric=eval/lidar"]) == 0
     assert cli.main(["sweep", "momentum", *options]) == 0
     ((name, sweep, _), (_, grid, _)) = calls
     assert (name, sweep.name, sweep.recipe, sweep.seeds) == ("run_sweep", "temperature", "cifar10_tiny", 3)
-    assert sweep.metric == "train/loss"
+    assert sweep.metric == "eval/lidar"
     assert sweep.changes == {"pretrain.teacher.warmup_temp_epochs": 0, "pretrain.steps": "5"}
     assert (len(sweep.rows), list(sweep.space)) == (6, ["pretrain.optim.lr"])
     assert list(grid.space) == ["pretrain.teacher.momentum", "pretrain.optim.lr"]
@@ -296,6 +301,26 @@ def test_compare_ranks_the_trials_of_a_sweep(
     text = Path("out").read_text()
     assert text.index("temp_0.04-s0") < text.index("temp_0.07-s0")
     assert cli.main(["compare", "s1", "--output", "no/such/folder"]) == 2
+
+
+def test_compare_takes_several_names_of_several_kinds(compared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trials = [str(compared / "trials" / name) for name in ("temp_0.04-s0", "temp_0.07-s0")]
+    assert cli.main(["compare", *trials, "--format", "csv"]) == 0
+    apart = capsys.readouterr().out
+    storage = f"cluster.storage={compared.parent}"
+    assert cli.main(["compare", "s1", trials[0], storage, "--format", "csv"]) == 0
+    assert capsys.readouterr().out == apart
+    assert apart.count("temp_0.0") == 2
+
+
+def test_compare_refuses_a_metric_and_a_reference_that_are_not_there(
+    compared: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["compare", "s1", "--metric", "eval/knn"]) == 2
+    assert "error: --metric eval/knn: no trial logged it; there is eval/knn_top1" in capsys.readouterr().err
+    assert cli.main(["compare", "s1", "--reference", "temp_0.4"]) == 2
+    assert "error: --reference temp_0.4: no such configuration; did you mean" in capsys.readouterr().err
+    assert cli.main(["compare", "s1", "--reference", "temp_0.04", "--metric", "train/loss"]) == 0
 
 
 # --- how it ends ------------------------------------------------------------------------------------------------------
@@ -397,6 +422,6 @@ def test_completion_by_the_shell_imports_nothing_heavy() -> None:
     check = f"import sys, atexit; atexit.register(lambda: print([n for n in {HEAVY} if n in sys.modules]))\n"
     done = subprocess.run(
         [sys.executable, "-c", check + code],
-        capture_output=True, text=True, timeout=60, check=False, env=environment,
+        capture_output=True, text=True, timeout=250, check=False, env=environment,
     )  # fmt: skip
     assert done.stdout.split() == ["plain,quickstart", "[]"]

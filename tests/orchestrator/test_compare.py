@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from orchestrator import compare as module
-from orchestrator import records, tracking
-from orchestrator.compare import KNN_METRIC, Comparison, compare, differing_keys, render, rich_tables
+from orchestrator import records, tables, tracking
+from orchestrator.compare import KNN_METRIC, Comparison, compare, differing_keys
 from orchestrator.config import TrackingConfig
+from orchestrator.tables import render, rich_tables
 from orchestrator.trials import CompareError, Curve, TrialSummary, load_from_disk, load_from_mlflow
 
 BASE = {
@@ -177,7 +177,7 @@ def test_the_papers_number_stands_beside_ours_and_says_what_it_is() -> None:
     comparison = compare(row_trials())
     assert comparison.paper_metrics == (KNN_METRIC, "cost/hours", "eval/linear_top1")
     assert comparison.paper_note == f"The paper's numbers are at its own scale: {SETTING}."
-    (table,) = module.tables(comparison)
+    (table,) = tables.tables(comparison)
     at = table.headers.index("k-NN %")
     assert table.headers[1:3] == ("trial", "pretrain.optim.lr")
     assert table.headers[at : at + 4] == ("k-NN %", "paper", "paper, hours", "paper, linear %")
@@ -194,7 +194,7 @@ def test_the_papers_number_stands_beside_ours_and_says_what_it_is() -> None:
 
 
 def test_configurations_over_seeds_keep_the_papers_number() -> None:
-    configurations, _ = module.tables(compare(row_trials(seeds=2)))
+    configurations, _ = tables.tables(compare(row_trials(seeds=2)))
     assert configurations.headers[:3] == ("#", "row", "pretrain.optim.lr")
     at = configurations.headers.index("paper")
     assert [(row[1], row[3], row[at]) for row in configurations.rows[::2]] == [
@@ -364,7 +364,7 @@ def test_what_does_not_fit_the_terminal_is_left_out_and_named(width: int) -> Non
 
 
 @pytest.mark.parametrize("form", ["table", "markdown", "csv", "html"])
-def test_every_format_takes_a_trial_without_anything(form: module.Format) -> None:
+def test_every_format_takes_a_trial_without_anything(form: tables.Format) -> None:
     assert "planned" in render(compare([TrialSummary("id", "planned", "not started")]), form)
 
 
@@ -501,9 +501,9 @@ def test_a_store_that_is_not_there_is_not_created(tmp_path: Path) -> None:
 
 def test_comparing_from_mlflow_needs_neither_ray_nor_torch(store: tuple[str, Path]) -> None:
     code = (
-        "import sys; from orchestrator import compare, trials\n"
+        "import sys; from orchestrator import compare, tables, trials\n"
         "assert 'mlflow' not in sys.modules and 'rich' not in sys.modules\n"
-        "print(compare.render(compare.compare(trials.load_from_mlflow('temperature', sys.argv[1])), 'table'))\n"
+        "print(tables.render(compare.compare(trials.load_from_mlflow('temperature', sys.argv[1])), 'table'))\n"
         "assert not {'ray', 'torch'} & sys.modules.keys()\n"
     )
     done = subprocess.run([sys.executable, "-c", code, store[0]], capture_output=True, text=True, check=True)

@@ -274,7 +274,7 @@ sys.exit(main(["data", "convert", {str(source)!r}, {str(tmp_path / "out")!r}, "-
 """
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error"}
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False, env=environment
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=250, check=False, env=environment
     )
     assert done.returncode == 1
     assert done.stderr == f"error: {tmp_path / 'out'}: cannot be written: File too large; nothing was kept\n"

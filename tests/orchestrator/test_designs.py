@@ -14,6 +14,7 @@ from scipy.stats import qmc
 from dino_core.config import ConfigError
 from orchestrator.catalog import load_recipe
 from orchestrator.definition import design_definition, design_lines
+from orchestrator.metric_choice import choose_metric
 from orchestrator.overrides import flatten, override
 from orchestrator.space import IntUniform, LogUniform, Uniform
 from orchestrator.sweep import Row, Sweep, check, expand, with_settings, with_vary
@@ -332,7 +333,8 @@ def test_the_errors_on_the_page_are_those_of_the_code() -> None:
 
 def test_a_dry_run_says_what_is_aliased_and_what_pairs_share() -> None:
     defined = load_sweep("screening")
-    lines = design_lines(check(defined), expand(defined))
+    choice = choose_metric(has_labels=True)
+    lines = design_lines(check(defined), expand(defined), choice)
     assert lines["design"] == (
         "fractional_factorial: 8 of 32 combinations, resolution III "
         "(lr = student.temp x momentum, num_local_crops = teacher.temp x student.temp x momentum)"
@@ -340,7 +342,7 @@ def test_a_dry_run_says_what_is_aliased_and_what_pairs_share() -> None:
     assert lines["aliased"].startswith("teacher.temp = lr x num_local_crops; student.temp = momentum x lr; ")
     assert "teacher.temp x student.temp = momentum x num_local_crops" in lines["aliased"]
     assert lines["pairing"].startswith("trials of one seed share order and weights; crops partly")
-    definition = design_definition(check(defined), expand(defined))
+    definition = design_definition(check(defined), expand(defined), choice)
     assert definition["factorial"]["runs"] == 8
     assert definition["factorial"]["generators"][LR] == f"{STUDENT} x {MOMENTUM}"
     assert definition["paired"]["crops"] == {CROPS: "the global ones, and as many local ones as both have"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import multiprocessing
 import threading
 import time
@@ -20,6 +21,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from dino_core.config import ConfigError
+from dino_core.crops import MultiCrop
+from dino_core.eval import alpha_req, lidar, rankme
 from dino_core.eval.features import eval_transform
 from dino_core.train import TrainState
 from orchestrator import evaluation
@@ -27,11 +31,14 @@ from orchestrator.config import RunConfig
 from orchestrator.data.decoded_cache import close_caches
 from orchestrator.data.images import decode
 from orchestrator.data.split import Source, Split
+from orchestrator.errors import RunFailed
 from orchestrator.evaluation import _Images, make_evaluate
 from orchestrator.overrides import override
 from sweeps.recipes import quickstart
 
 NUM_TRAIN, NUM_TEST = 45, 15
+LABEL_FREE = {"eval/rankme", "eval/lidar", "eval/alpha_req"}
+LIDAR = {"pretrain.eval.num_lidar_images": 10}
 SIDE = 16
 PROBED = 5  # images that are made once more to see what they cost
 CONFIG = override(
@@ -96,7 +103,7 @@ def source_of(
 
 
 def gallery(config: RunConfig, source: Source) -> _Images:
-    return _Images(config, source, "train", None, None)
+    return _Images(config, source, "train", np.arange(NUM_TRAIN), None)
 
 
 def expected(numbers: range) -> Tensor:
@@ -113,7 +120,7 @@ def evaluate(config: RunConfig, source: Source) -> dict[str, float]:
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 200
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.001)
     assert condition()
@@ -158,7 +165,7 @@ def test_images_are_made_by_all_threads_and_one_batch_ahead(monkeypatch: pytest.
 
     def on_read(index: int) -> None:
         if 8 <= index < 12:
-            together.wait(60)  # passes only if four threads are here at once
+            together.wait(200)  # passes only if four threads are here at once
         reads.append(index)
 
     batches = gallery(config, source_of(on_read=on_read)).batches()
@@ -182,7 +189,8 @@ def test_tiny_images_are_made_by_one_thread(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_images_that_cannot_be_read_are_left_out_told_once_and_counted(caplog: pytest.LogCaptureFixture) -> None:
     source = source_of(bad_train=(3, 44), bad_test=(0,))
-    function = make_evaluate(CONFIG, source)
+    config = override(CONFIG, {"pretrain.eval.num_lidar_images": 0})  # views go by the image's number
+    function = make_evaluate(config, source)
     assert function is not None
     state = TrainState.create(CONFIG.pretrain, NUM_TRAIN, "cpu")
     with caplog.at_level(logging.WARNING, logger="orchestrator"):
@@ -199,12 +207,128 @@ def test_images_that_cannot_be_read_are_left_out_told_once_and_counted(caplog: p
         encoded = [data for number in ids if isinstance(data := split.read(number), bytes)]
         assert split.labels is not None
         rest[part] = Split(Pictures(encoded), split.labels[ids])
-    without = evaluate(CONFIG, replace(source, train=rest["train"], test=rest["test"]))
+    without = evaluate(config, replace(source, train=rest["train"], test=rest["test"]))
     assert without == {name: value for name, value in first.items() if name != "eval/unreadable_images"}
 
 
 def test_nothing_is_counted_where_all_can_be_read() -> None:
-    assert evaluate(CONFIG, source_of()).keys() == {"eval/knn_top1", "eval/raw_pixel_knn_top1"}
+    assert evaluate(CONFIG, source_of()).keys() == {"eval/knn_top1", "eval/raw_pixel_knn_top1", *LABEL_FREE}
+
+
+# --- scores that need no label ----------------------------------------------------------------------------------------
+
+
+def without_labels(source: Source) -> Source:
+    return replace(source, train=Split(source.train.reader, None), test=None, classes=())
+
+
+def test_label_free_scores_are_those_of_the_features() -> None:
+    """Of images and views made here one by one."""
+    config = override(CONFIG, {"pretrain.eval.num_lidar_images": 10, "pretrain.eval.num_lidar_views": 4})
+    metrics = evaluate(config, without_labels(source_of()))
+    assert metrics.keys() == LABEL_FREE
+    backbone = TrainState.create(config.pretrain, NUM_TRAIN, "cpu").teacher.backbone.eval()
+    chosen = sorted(np.random.default_rng(0).permutation(NUM_TRAIN)[:10].tolist())
+    crops = config.pretrain.crops
+    views = []
+    for number in chosen:
+        image = decode(picture(number), 10**6)
+        for epoch in range(2):
+            made = MultiCrop(crops, seed=0).make([image], np.array([epoch]), np.array([number]))["global_crops"][0]
+            pixels = torch.from_numpy(made).float() / 255
+            views.append((pixels - torch.tensor(crops.mean).view(3, 1, 1)) / torch.tensor(crops.std).view(3, 1, 1))
+    with torch.no_grad():
+        rows = backbone(expected(range(NUM_TRAIN)))
+        found = backbone(torch.cat(views)).view(10, 4, -1)
+    assert metrics["eval/rankme"] == pytest.approx(rankme(rows), rel=1e-5)
+    assert metrics["eval/alpha_req"] == pytest.approx(alpha_req(rows), rel=1e-3)
+    assert metrics["eval/lidar"] == pytest.approx(lidar(found), rel=1e-3)
+    assert 1 < metrics["eval/lidar"] <= 9
+    assert found.std(dim=1).max() > 1e-3  # the views do differ
+
+
+def test_scores_depend_neither_on_seed_nor_on_labels_nor_on_the_gallery() -> None:
+    """The weights are the same here: what must not move are the images and their views."""
+    state = TrainState.create(CONFIG.pretrain, NUM_TRAIN, "cpu")
+
+    def scores(changes: dict[str, object], source: Source) -> dict[str, float]:
+        function = make_evaluate(override(CONFIG, {"pretrain.eval.num_label_free": 20, **LIDAR, **changes}), source)
+        assert function is not None
+        return {name: value for name, value in function(state).items() if name in LABEL_FREE}
+
+    first = scores({}, without_labels(source_of()))
+    assert first.keys() == LABEL_FREE
+    for changes in ({"pretrain.seed": 5}, {"pretrain.eval.num_gallery": 7}, {"pretrain.eval.num_gallery": 30}):
+        assert scores(changes, source_of()) == pytest.approx(first, rel=1e-4)
+    assert scores({"pretrain.eval.num_label_free": 21}, source_of())["eval/rankme"] != pytest.approx(
+        first["eval/rankme"], rel=1e-4
+    )
+
+
+def test_scores_change_nothing_of_k_nn() -> None:
+    few = {"pretrain.eval.num_gallery": 12}
+    off = evaluate(override(CONFIG, {**few, "pretrain.eval.num_label_free": 0}), source_of())
+    assert off.keys() == {"eval/knn_top1", "eval/raw_pixel_knn_top1"}
+    assert off.items() <= evaluate(override(CONFIG, few), source_of()).items()
+
+
+def test_an_image_of_both_choices_is_read_once_and_views_once_more() -> None:
+    reads: list[int] = []
+    function = make_evaluate(override(CONFIG, LIDAR), source_of(on_read=reads.append))
+    assert function is not None
+    state = TrainState.create(CONFIG.pretrain, NUM_TRAIN, "cpu")
+    function(state)
+    assert len(reads) == NUM_TRAIN + 10 + 2 * PROBED
+    function(state)
+    assert len(reads) == NUM_TRAIN + 10 + 2 * PROBED
+
+
+def test_parts_can_be_left_out() -> None:
+    off = override(CONFIG, {"pretrain.eval.num_label_free": 0})
+    assert make_evaluate(off, without_labels(source_of())) is None
+    no_lidar = override(CONFIG, {"pretrain.eval.num_lidar_images": 0})
+    assert evaluate(no_lidar, without_labels(source_of())).keys() == {"eval/rankme", "eval/alpha_req"}
+
+
+def test_one_image_has_no_spectrum() -> None:
+    one = {"pretrain.eval.num_label_free": 1, "pretrain.eval.num_lidar_images": 1}
+    assert evaluate(override(CONFIG, one), without_labels(source_of())) == {"eval/rankme": 1.0, "eval/lidar": 1.0}
+
+
+def test_unreadable_images_without_labels() -> None:
+    source = without_labels(source_of(bad_train=(3, 44)))
+    metrics = evaluate(CONFIG, source)
+    assert metrics["eval/unreadable_images"] == 2
+    assert metrics.keys() - {"eval/unreadable_images"} == LABEL_FREE
+    with pytest.raises(RunFailed, match="no training image for evaluations can be read"):
+        evaluate(CONFIG, without_labels(source_of(bad_train=tuple(range(NUM_TRAIN)))))
+
+
+def test_features_that_are_not_finite_end_the_run() -> None:
+    function = make_evaluate(CONFIG, without_labels(source_of()))
+    assert function is not None
+    state = TrainState.create(CONFIG.pretrain, NUM_TRAIN, "cpu")
+    state.teacher.backbone.norm.bias.data[0] = math.nan  # type: ignore[union-attr, index]
+    with pytest.raises(RunFailed, match="the features of training images at step 0 are not finite"):
+        function(state)
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"num_label_free": 100}, "num_lidar_images = 128: must be at most pretrain.eval.num_label_free = 100"),
+        ({"num_lidar_views": 3}, "num_lidar_views = 3: must be even"),
+        ({"pictures_every_steps": 75}, "pictures_every_steps = 75: must be a multiple of pretrain.eval.every_steps"),
+        ({"every_steps": None, "pictures_every_steps": 75}, "pictures_every_steps = 75: must be a multiple"),
+    ],
+)
+def test_settings_that_do_not_go_together(changes: dict[str, object], line: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        override(CONFIG, {f"pretrain.eval.{name}": value for name, value in changes.items()})
+    assert str(caught.value).startswith(f"pretrain.eval.{line}")
+
+
+# --- failures and workers ---------------------------------------------------------------------------------------------
 
 
 def test_what_is_not_the_fault_of_an_image_ends_the_evaluation() -> None:
@@ -248,5 +372,7 @@ def test_two_processes_find_what_one_does(tmp_path: Path) -> None:
         one_rank, args=(str(tmp_path),), nprocs=2, start_method="forkserver"
     )
     results = [torch.load(tmp_path / f"{index}.pt", weights_only=True) for index in range(2)]
-    assert results[0] == results[1] == evaluate(CONFIG, source_of(bad_train=(0, 40), bad_test=(14,)))
+    alone = evaluate(CONFIG, source_of(bad_train=(0, 40), bad_test=(14,)))
+    assert results[0] == results[1] == pytest.approx(alone, rel=1e-4)
+    assert alone.keys() >= LABEL_FREE
     assert results[0]["eval/unreadable_images"] == 3

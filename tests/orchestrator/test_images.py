@@ -329,7 +329,7 @@ def test_a_machine_without_memory_or_file_handles(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(encode(large, name.rstrip("2"), **options))
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     command = [sys.executable, "-c", LACK, str(tmp_path), "small", *kinds]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=250, env=environment)
     assert ended.returncode == 0, ended.stderr
     lines = ended.stdout.splitlines()
     assert lines[:-2] == [f"no memory for {name}" for name in kinds]

@@ -15,10 +15,11 @@ from dino_core.config import ConfigError
 from orchestrator import search
 from orchestrator.catalog import load_recipe
 from orchestrator.designs import Point
+from orchestrator.metric_choice import Mode
 from orchestrator.overrides import flatten
 from orchestrator.records import SWEEP_FILE, TRIALS_DIR, Journal, Ledger, RunRecord, read_json
 from orchestrator.run_sweep import _Plan, _resumed_search, _write_plan
-from orchestrator.search import MAX_REFUSED, SEARCH_FILE, Asked, Mode, first_suggestions, is_exhausted, propose
+from orchestrator.search import MAX_REFUSED, SEARCH_FILE, Asked, first_suggestions, is_exhausted, propose
 from orchestrator.space import IntUniform, LogUniform, Uniform
 from orchestrator.sweep import CheckedSweep, Sweep, check, expand
 

@@ -327,11 +327,11 @@ def test_settings_of_the_sweep_and_of_its_trials() -> None:
     )
     assert (sweep.scheduler, sweep.grace_steps, sweep.seeds) == ("asha", 20, 2)
     assert {t.config.pretrain.steps for t in expand(sweep)} == {9}
-    assert set(setting_keys()) == {
+    assert set(setting_keys()) >= {
         f"sweep.{name}" for name in ("name", "seeds", "metric", "mode", "scheduler", "grace_steps", "reduction_factor")
     } | {
-        *("sweep.method", "sweep.paper_setting", "sweep.design", "sweep.design_seed", "sweep.num_trials"),
-        *("sweep.num_startup_trials", "sweep.resolution"),
+        *("sweep.method", "sweep.paper_setting", "sweep.brackets", "sweep.stop_collapsed", "sweep.design"),
+        *("sweep.design_seed", "sweep.num_trials", "sweep.num_startup_trials", "sweep.resolution"),
     }
 
 
@@ -340,9 +340,14 @@ def test_settings_of_the_sweep_and_of_its_trials() -> None:
     [
         ({"sweep.seds": 1}, "sweep.seds: unknown key; did you mean sweep.seeds?"),
         ({"sweep.seeds": 0}, "sweep.seeds = 0: must be a whole number >= 1"),
-        ({"sweep.scheduler": "ash"}, "sweep.scheduler = ash: must be one of none, asha; did you mean asha?"),
+        ({"sweep.scheduler": "ash"}, "sweep.scheduler = ash: must be one of none, asha, median, hyperband, pbt"),
         ({"sweep.reduction_factor": 1}, "sweep.reduction_factor = 1: must be a whole number >= 2"),
         ({"sweep.scheduler": "asha"}, "sweep.grace_steps = None: must be a whole number >= 1 when"),
+        ({"sweep.scheduler": "median"}, "sweep.grace_steps = None: must be a whole number >= 1 when"),
+        ({"sweep.scheduler": "hyperband", "sweep.grace_steps": 5}, "sweep.brackets = 1: must be >= 2 with"),
+        ({"sweep.brackets": 2}, "sweep.brackets = 2: must be 1 with sweep.scheduler = none"),
+        ({"sweep.scheduler": "pbt"}, "sweep.scheduler = pbt: must be one of none, asha, median, hyperband. Population"),
+        ({"sweep.stop_collapsed": "perhaps"}, "sweep.stop_collapsed = perhaps: must be true or false"),
         ({"sweep.name": "../x"}, "sweep.name '../x': must be 1 to 100 letters"),
         ({"sweep.base": "x"}, "sweep.base: unknown key"),
     ],
@@ -353,10 +358,12 @@ def test_wrong_settings_of_the_sweep(changes: dict[str, Any], line: str) -> None
     assert str(caught.value).startswith(line)
 
 
-def test_asha_needs_evaluations_to_judge_by() -> None:
-    asha: dict[str, Any] = {"scheduler": "asha", "grace_steps": 10, "changes": {"pretrain.eval.every_steps": None}}
-    assert problems(grid(**asha))[0].startswith("pretrain.eval.every_steps = None: must be a whole number >= 1 when")
-    assert len(expand(grid(**asha, metric="train/loss", mode="min"))) == 4
+@pytest.mark.parametrize("scheduler", ["asha", "median", "hyperband"])
+def test_schedulers_need_evaluations_to_judge_by(scheduler: str) -> None:
+    judged: dict[str, Any] = {"scheduler": scheduler, "grace_steps": 10, "changes": {"pretrain.eval.every_steps": None}}
+    judged["brackets"] = 2 if scheduler == "hyperband" else 1
+    assert problems(grid(**judged))[0].startswith("pretrain.eval.every_steps = None: must be a whole number >= 1 when")
+    assert len(expand(grid(**judged, metric="train/feature_rank"))) == 4
 
 
 def test_vary_adds_to_the_space_or_replaces_in_it() -> None:

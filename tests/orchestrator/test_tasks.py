@@ -133,10 +133,10 @@ def test_a_batch_that_is_too_much_for_a_task_is_cut_into_rows() -> None:
 def test_a_small_object_store_makes_small_tasks() -> None:
     assert Limits.of_store(1e12, 2) == Limits()
     small = Limits.of_store(80 << 20, 2)
-    assert small == Limits(10 << 20, 20 << 20)
-    assert Sizes(Cost(1e-3, 3 << 20), small).max_steps == 3
+    assert small == Limits(8 << 20, 20 << 20)
+    assert Sizes(Cost(1e-3, 3 << 20), small).max_steps == 2
     assert Sizes(Cost(1e-3, 30 << 20), small).max_steps == 1
     plan = IndexPlan(10_000, 1, 512, Windows(5120, np.zeros(1, dtype=np.int64).tobytes()))
     for this in plan_rounds(plan, 0, 20, whole(plan), Sizes(Cost(0.1, 6 << 20), small)):
         assert this.stop - this.start <= 3
-        assert len(this.parts) in (1, 2)
+        assert len(this.parts) in (1, 2, 3)

@@ -176,7 +176,7 @@ def test_processes_that_start_on_a_fresh_store_do_not_race(tmp_path: Path) -> No
     for process in processes:
         process.start()
     for process in processes:
-        process.join(120)
+        process.join(250)
     assert [process.exitcode for process in processes] == [0, 0, 0, 0]
     assert MlflowClient(uri).get_experiment_by_name("raced") is not None
 
@@ -224,13 +224,17 @@ def test_a_dead_server_blocks_nothing_and_gets_everything_when_it_is_back(
     ledger.record(record.run_id, "started")
     delivery = Delivery(folder, "late", target, every_s=0.2)
     delivery.start()
-    slowest = 0.0
+    seconds = []
     for step in range(40):
         begin = time.perf_counter()
         journal.log(step, {"train/loss": float(step)})
-        slowest = max(slowest, time.perf_counter() - begin)
+        seconds.append(time.perf_counter() - begin)
         time.sleep(0.05)
-    assert slowest < 0.5, "a step waited for a server that is not there"
+    # A busy machine can hold up any step; waiting for attempts, one each 0.2 s, would hold up one in four.
+    assert sorted(seconds)[-4] < 0.25, "steps waited for a server that is not there"
+    deadline = time.monotonic() + 100
+    while delivery.problem is None and time.monotonic() < deadline:
+        time.sleep(0.05)
     assert delivery.problem is not None
     problem = delivery.finish(2.0)
     assert problem is not None, "nobody was told that the record is not delivered"
@@ -239,7 +243,7 @@ def test_a_dead_server_blocks_nothing_and_gets_everything_when_it_is_back(
     ledger.record(record.run_id, "finished")
     delivery = Delivery(folder, "late", target, every_s=0.2)
     delivery.start()
-    assert delivery.finish(60.0) is None
+    assert delivery.finish(200.0) is None
     run = runs_of(MlflowClient(uri), "late")["run-d"]
     assert run.info.status == "FINISHED"  # type: ignore[attr-defined]
     history = MlflowClient(uri).get_metric_history(run.info.run_id, "train/loss")  # type: ignore[attr-defined]

@@ -19,7 +19,7 @@ from orchestrator.data.plan import IndexPlan
 from orchestrator.data.split import Split
 from orchestrator.data.stream import Batches, ray_batches
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.ray]
+pytestmark = pytest.mark.ray
 
 
 class Recorder:
@@ -89,7 +89,7 @@ def test_crops_stay_here_or_go_where_cpus_are(cluster: Any, tmp_path: Path, monk
             return True
 
     trainer = ray.remote(Trainer).options(num_cpus=1, label_selector={"ray.io/node-id": here}).remote()
-    assert ray.get(trainer.ready.remote(), timeout=60)
+    assert ray.get(trainer.ready.remote(), timeout=200)
     assert make(tmp_path / "taken") == 10
     assert machines(tmp_path / "taken") == {there}
     ray.kill(trainer)

@@ -1,0 +1,251 @@
+"""Pictures of what a backbone sees and makes of it, as arrays of bytes: crops, attention, features.
+
+Rows of a picture are images; columns are told by each function. Nothing random: the same weights and images give the
+same picture.
+
+Axes: n images, H x W pixels, h x w patches (or places of a feature map), D features.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from timm.layers import Attention
+from torch import Tensor, nn
+
+from dino_core.crops import CropBatch
+from dino_core.eval.features import evaluating
+
+Picture = NDArray[np.uint8]
+"""[height, width, 3]"""
+
+TILE = 96
+"""Side of an image in a picture, pixels."""
+_GAP = 2
+_WHITE = 255
+_HEAT_SHARE = 0.6
+
+_HEAT = torch.tensor(
+    [
+        *([68, 1, 84], [72, 40, 120], [62, 74, 137], [49, 104, 142], [38, 130, 142]),
+        *([31, 158, 137], [53, 183, 121], [110, 206, 88], [181, 222, 43], [253, 231, 37]),
+    ]
+)
+"""Viridis, from low to high: it keeps its order in grey and for the colour-blind."""
+
+
+# --- from a backbone --------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def attention_maps(backbone: nn.Module, images: Tensor) -> Tensor | None:
+    """Attention of the class token to the patches in the last block, float32 [n, heads, h, w] on the CPU.
+
+    Computed again from queries and keys, since fused kernels do not give it. Over all tokens it sums to 1; the class
+    token itself and registers are left out. None for a backbone that is no ViT of timm's plain attention with a class
+    token (convnets, Swin, CaiT, those with rotary or relative positions, ...).
+
+    Args:
+        images: [n, 3, H, H], normalised.
+
+    Source: DINO (arXiv 2104.14294), figures 1 and 3.
+    """
+    blocks: Any = getattr(backbone, "blocks", None)
+    attention = getattr(blocks[-1], "attn", None) if isinstance(blocks, nn.Sequential | nn.ModuleList) else None
+    if not isinstance(attention, Attention) or getattr(backbone, "cls_token", None) is None:
+        return None
+    seen: list[Tensor] = []
+    handle = attention.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    try:
+        _forward_features(backbone, images)
+    finally:
+        handle.remove()
+    tokens = seen[0]  # [n, t, D]
+    with evaluating(attention):
+        qkv = attention.qkv(tokens).unflatten(-1, (3, attention.num_heads, -1))  # [n, t, 3, heads, d]
+        query, key = attention.q_norm(qkv[:, :1, 0]), attention.k_norm(qkv[:, :, 1])
+    scores = torch.einsum("nqhd,nthd->nhqt", query.float(), key.float()) * attention.scale
+    weights = scores.softmax(dim=-1)[:, :, 0, _num_prefix_tokens(backbone) :]  # [n, heads, h * w]
+    return _as_grid(weights, -1).cpu()
+
+
+@torch.no_grad()
+def patch_features(backbone: nn.Module, images: Tensor) -> Tensor | None:
+    """Features of the patches of a ViT, or of the places of a convnet's last feature map: float32 [n, h, w, D] on the
+    CPU. None for a backbone that does not give them.
+
+    Args:
+        images: [n, 3, H, H], normalised.
+    """
+    if not hasattr(backbone, "forward_features"):
+        return None
+    features = _forward_features(backbone, images)
+    if not isinstance(features, Tensor):
+        return None
+    if features.dim() == 3:  # [n, t, D]
+        patches = features[:, _num_prefix_tokens(backbone) :].transpose(1, 2)  # [n, D, h * w]
+        side = math.isqrt(patches.shape[-1])
+        return (
+            _as_grid(patches, -1).permute(0, 2, 3, 1).float().cpu() if side and side**2 == patches.shape[-1] else None
+        )
+    if features.dim() != 4:
+        return None
+    channels_last = features.shape[1] != backbone.num_features  # Swin and its like
+    return (features if channels_last else features.permute(0, 2, 3, 1)).float().cpu()
+
+
+def _forward_features(backbone: nn.Module, images: Tensor) -> Any:
+    """Not by calling the backbone: compiled code would pass by the hooks."""
+    forward: Any = backbone.forward_features
+    device = next(backbone.parameters()).device
+    with evaluating(backbone):
+        return forward(images.to(device))
+
+
+def _num_prefix_tokens(backbone: nn.Module) -> int:
+    return int(getattr(backbone, "num_prefix_tokens", 0))  # type: ignore[arg-type]
+
+
+def _as_grid(values: Tensor, axis: int) -> Tensor:
+    """The patches of a square image, along the last axis, as rows and columns."""
+    side = math.isqrt(values.shape[axis])
+    return values.unflatten(axis, (side, -1))
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def crops_picture(
+    originals: Sequence[Picture], crops: CropBatch, mean: Sequence[float], std: Sequence[float]
+) -> Picture:
+    """Each image beside its crops as the student sees them: the image, global crops, local crops.
+
+    Local crops are as much smaller than global ones as they are for the student.
+
+    Args:
+        originals: uint8 [height, width, 3] of any sizes.
+        crops: of these images, normalised by `mean` and `std`.
+    """
+    num, side = crops.num_images, crops.global_crops.shape[-1]
+    groups = [crops.global_crops] if crops.local_crops is None else [crops.global_crops, crops.local_crops]
+    rows: list[list[Picture]] = [[_tile(_square(original), TILE)] for original in originals]
+    for group in groups:
+        tile = max(1, round(TILE * group.shape[-1] / side))
+        for index, pixels in enumerate(as_pixels(group, mean, std)):  # crop by crop, of all images
+            rows[index % num].append(_tile(pixels, tile))
+    return _grid(rows)
+
+
+def attention_picture(images: Sequence[Picture], maps: Tensor) -> Picture:
+    """Each image beside its attention over it: the image, the mean over the heads, each head.
+
+    Each map goes from 0 to its own largest value.
+
+    Args:
+        images: uint8 [H, H, 3], what the maps [n, heads, h, w] were made from.
+    """
+    rows = []
+    for image, heads in zip(images, maps, strict=True):
+        tile = _tile(image, TILE)
+        rows.append([tile, *(_overlay(tile, heat) for heat in (heads.mean(dim=0), *heads))])
+    return _grid(rows)
+
+
+def features_picture(images: Sequence[Picture], features: Tensor) -> Picture:
+    """Each image beside the first three principal components of its patches' features as red, green and blue.
+
+    The components are those of all images together, so that a colour means the same in each; each goes from its 2nd to
+    its 98th percentile. Between two backbones colours do not correspond.
+
+    Args:
+        images: uint8 [H, H, 3], what the features [n, h, w, D] were made from.
+    """
+    return _grid(
+        [
+            [_tile(image, TILE), _tile(colours, TILE)]
+            for image, colours in zip(images, principal_colours(features), strict=True)
+        ]
+    )
+
+
+def principal_colours(features: Tensor) -> NDArray[np.uint8]:
+    """uint8 [n, h, w, 3]: the first three principal components of features [n, h, w, D]; grey where there are fewer."""
+    rows = features.flatten(0, 2).double()
+    rows = rows - rows.mean(dim=0)
+    _, singular, directions = torch.linalg.svd(rows, full_matrices=False)
+    colours = torch.full((len(rows), 3), 0.5, dtype=torch.float64)
+    for index in range(min(3, len(singular))):
+        if singular[index] <= 1e-6 * rows.abs().max().clamp(min=1e-12) * math.sqrt(len(rows)):
+            break
+        direction = directions[index]
+        projected = rows @ (
+            direction * direction[direction.abs().argmax()].sign()
+        )  # a sign that does not depend on luck
+        low, high = torch.quantile(projected, torch.tensor([0.02, 0.98], dtype=torch.float64))
+        colours[:, index] = ((projected - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
+    return _to_bytes(colours * 255).reshape(*features.shape[:3], 3)
+
+
+def as_pixels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> list[Picture]:
+    """Normalised images [n, 3, H, W] as they look, uint8 [H, W, 3] each."""
+    scale, shift = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (std, mean))
+    return list(_to_bytes(((images.float() * scale + shift) * 255).permute(0, 2, 3, 1)))
+
+
+def _to_bytes(values: Tensor) -> NDArray[np.uint8]:
+    pixels: NDArray[np.uint8] = values.round().clamp(0, 255).to(torch.uint8).cpu().numpy()
+    return pixels
+
+
+def _square(image: Picture) -> Picture:
+    """The whole image on white, in the middle of a square."""
+    height, width = image.shape[:2]
+    side = max(height, width)
+    square = np.full((side, side, 3), _WHITE, dtype=np.uint8)
+    top, left = (side - height) // 2, (side - width) // 2
+    square[top : top + height, left : left + width] = image
+    return square
+
+
+def _tile(image: Picture, side: int) -> Picture:
+    """[H, H, 3] at another size: smoothed when made smaller, its pixels shown as they are when made larger."""
+    pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None]
+    if image.shape[0] > side:
+        pixels = F.interpolate(pixels, size=(side, side), mode="bicubic", antialias=True)
+    elif image.shape[0] < side:
+        pixels = F.interpolate(pixels, size=(side, side), mode="nearest-exact")
+    resized: Picture = pixels[0].permute(1, 2, 0).contiguous().numpy()
+    return resized
+
+
+def _overlay(tile: Picture, heat: Tensor) -> Picture:
+    """A map [h, w] of values >= 0 over an image, by colour."""
+    level = heat / heat.max().clamp(min=1e-12) * (len(_HEAT) - 1)
+    below = level.floor().long().clamp(max=len(_HEAT) - 2)
+    share = (level - below)[..., None]
+    colours = _to_bytes(_HEAT[below] * (1 - share) + _HEAT[below + 1] * share)
+    grey = tile.mean(axis=2, keepdims=True)
+    mixed = _HEAT_SHARE * _tile(colours, tile.shape[0]) + (1 - _HEAT_SHARE) * grey
+    return mixed.round().astype(np.uint8)
+
+
+def _grid(rows: Sequence[Sequence[Picture]]) -> Picture:
+    """Tiles in rows and columns on white, each in the middle of its cell."""
+    height = max(tile.shape[0] for row in rows for tile in row)
+    widths = [max(row[column].shape[1] for row in rows) for column in range(len(rows[0]))]
+    size = (len(rows) * (height + _GAP) - _GAP, sum(widths) + _GAP * (len(widths) - 1), 3)
+    picture = np.full(size, _WHITE, dtype=np.uint8)
+    for y, row in enumerate(rows):
+        left = 0
+        for tile, width in zip(row, widths, strict=True):
+            top = y * (height + _GAP) + (height - tile.shape[0]) // 2
+            start = left + (width - tile.shape[1]) // 2
+            picture[top : top + tile.shape[0], start : start + tile.shape[1]] = tile
+            left += width + _GAP
+    return picture
