@@ -198,6 +198,7 @@ class Sweep(CheckedConfig):
         for metric, mode in self.objectives.items():
             if metric not in METRICS:
                 problems.append(f"objectives.{metric}: no run logs it{did_you_mean(metric, METRICS)}")
+            problems += [f"objectives.{line.removeprefix('metric = ')}" for line in metric_problems(metric, mode)]
             if mode not in ("max", "min"):
                 problems.append(f"objectives.{metric} = {show(mode)}: must be max or min")
         if len(self.objectives) > 1 and self.scheduler != "none":

@@ -231,7 +231,11 @@ def test_what_a_fractional_factorial_cannot_be() -> None:
         ({"conditions": [1]}, "sweep.conditions = [1]: must be a mapping"),
         (
             {"design": "optuna", "num_trials": 3, "objectives": {"eval/knn": "max"}},
-            "sweep.objectives.eval/knn: no run logs it; did you mean eval/knn_top1?",
+            "sweep.objectives.eval/knn: no run logs it; did you mean eval/knn_top1",
+        ),
+        (
+            {"design": "optuna", "num_trials": 3, "objectives": {"eval/alpha_req": "max"}},
+            "sweep.objectives.eval/alpha_req: cannot rank, it is best near 1",
         ),
         (
             {"design": "optuna", "num_trials": 3, "objectives": {"train/loss": "least"}},
@@ -347,3 +351,9 @@ def test_a_dry_run_says_what_is_aliased_and_what_pairs_share() -> None:
     assert definition["factorial"]["generators"][LR] == f"{STUDENT} x {MOMENTUM}"
     assert definition["paired"]["crops"] == {CROPS: "the global ones, and as many local ones as both have"}
     json.dumps(definition)
+
+
+def test_losses_of_other_targets_are_no_objective() -> None:
+    space = {"pretrain.teacher.temp": Uniform(0.02, 0.1)}
+    searched = sweep("optuna", space, num_trials=3, objectives={"train/loss": "min"})
+    assert "train/loss" in refused(searched)[0]
