@@ -14,6 +14,7 @@ from orchestrator.config import RunConfig
 from orchestrator.cost import MOMENTS, StepCost
 from orchestrator.cost_table import CostTable, bytes_in_words, number_of
 from orchestrator.data.shelf import num_streams
+from orchestrator.definition import design_lines
 from orchestrator.estimate import share_that_runs
 from orchestrator.metric_choice import choice_for_sweep
 from orchestrator.overrides import flatten, show
@@ -21,7 +22,7 @@ from orchestrator.preflight import open_sources
 from orchestrator.ray_cluster import Capacity, Demand, cluster_address, plan_concurrency, resolve_launcher
 from orchestrator.runs import Trial
 from orchestrator.schedulers import describe_scheduler
-from orchestrator.sweep import Sweep, short_names
+from orchestrator.sweep import Sweep, check, short_names
 from orchestrator.tracking import Target
 
 _MAX_TRIALS_SHOWN = 100
@@ -80,6 +81,7 @@ def print_sweep(
     each = f"{min(steps):,}" if min(steps) == max(steps) else f"{min(steps):,} to {max(steps):,}"
     lines = {
         "trials": f"{len(trials)} = {number_of(combinations, 'combination')} x {number_of(sweep.seeds, 'seed')}",
+        **design_lines(check(sweep), trials, choice),
         "compared by": f"{choice.metric}, {choice.mode}: {choice.why}",
         **({"the paper's": sweep.paper_setting} if sweep.paper_setting else {}),
         "scheduler": describe_scheduler(sweep.scheduler, sweep.grace_steps, sweep.reduction_factor, sweep.brackets),
@@ -154,7 +156,7 @@ def _print_rows(sweep: Sweep, write: Callable[[str], None]) -> None:
 def _print_trials(sweep: Sweep, trials: Sequence[Trial], write: Callable[[str], None]) -> None:
     names = short_names(list(sweep.space))
     rows = [["trial", *names.values(), "seed"]]
-    rows += [[t.trial_id, *(show_value(t.changes[key]) for key in names), str(t.seed)] for t in trials]
+    rows += [[t.trial_id, *(_shown(t, key) for key in names), str(t.seed)] for t in trials]
     left_out = len(trials) - _MAX_TRIALS_SHOWN
     if left_out > 1:
         half = _MAX_TRIALS_SHOWN // 2
@@ -175,6 +177,11 @@ def _print_problems(problems: Sequence[str], write: Callable[[str], None]) -> No
         write("\nWill not fit")
         for problem in problems:
             write(f"  {problem}")
+
+
+def _shown(trial: Trial, key: str) -> str:
+    """The value of a varied key; a dash where the trial has the base's."""
+    return show_value(trial.changes[key]) if key in trial.changes else "-"
 
 
 def _print_lines(title: str, lines: Mapping[str, str], write: Callable[[str], None]) -> None:

@@ -112,7 +112,9 @@ def _sweep_run(folder: Path, sweep: dict[str, Any], state: RunState, started_at:
     params: dict[str, Any] = {f"space/{key}": json.dumps(values) for key, values in sweep["space"].items()}
     rows = sweep.get("rows", {})  # sweeps written before there were rows have none
     params |= {"rows": ", ".join(rows)} if rows else {}
-    params |= {"seeds": sweep["seeds"], "trials": len(sweep["trials"]), "metric": sweep["metric"]}
+    # A search adds trials as it goes, and a param is told once.
+    count = sweep["num_trials"] * sweep["seeds"] if sweep.get("design") == "optuna" else len(sweep["trials"])
+    params |= {"seeds": sweep["seeds"], "trials": count, "metric": sweep["metric"]}
     params |= {name: sweep[name] for name in ("mode", "metric_why") if name in sweep}
     files = (SWEEP_FILE, REPORT_FILE, *COMPARISON_FILES.values())
     return MlflowRun(folder, folder.name, state, started_at, _fitting(tags), _texts(params), files)

@@ -117,6 +117,16 @@ def check_values(keys: Mapping[str, Key], changes: Mapping[str, Any]) -> tuple[d
     return typed, problems
 
 
+def takes_numbers(key: Key) -> bool:
+    """Whether the values of a key are single numbers."""
+    return bool({int, float} & set(_members(key.kind)))
+
+
+def takes_fractions(key: Key) -> bool:
+    """Whether they need not be whole numbers."""
+    return float in _members(key.kind)
+
+
 def unknown_key(key: str, known: Iterable[str]) -> str:
     """The line for a key that does not exist: the nearest ones, or what there is in its group."""
     known = list(known)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from dino_core.backbone_names import check_backbone_name, setting_problems, sizing
@@ -52,15 +52,18 @@ def check_model(config: RunConfig) -> None:
         raise ConfigError("\n".join(problems))
 
 
-def open_sources(configs: Iterable[RunConfig]) -> dict[DataConfig, Source]:
+def open_sources(
+    configs: Iterable[RunConfig], opened: Mapping[DataConfig, Source] | None = None
+) -> dict[DataConfig, Source]:
     """The sources of all runs, after checking that each run fits its data and, where it starts Ray here, this machine.
 
+    Those among `opened` are not opened again, and then no warning is given of what can run but is odd.
     Raises ConfigError with the problems of all runs.
     """
     from orchestrator.data.plan import index_plan  # imports numpy
     from orchestrator.data.sources import open_source
 
-    sources: dict[DataConfig, Source] = {}
+    sources: dict[DataConfig, Source] = dict(opened or {})
     broken: set[DataConfig] = set()
     problems: list[str] = []
     notes: list[str] = []
@@ -78,7 +81,7 @@ def open_sources(configs: Iterable[RunConfig]) -> dict[DataConfig, Source]:
             problems.append(str(error))
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
-    for note in dict.fromkeys(notes):
+    for note in dict.fromkeys(notes) if opened is None else ():
         logger.warning(note)
     return sources
 

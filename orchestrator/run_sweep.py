@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dino_core.config import ConfigError
-from orchestrator.config import RunConfig
+from orchestrator.config import DataConfig, RunConfig
 from orchestrator.data.shelf import num_streams, shelf_for_trials
+from orchestrator.definition import design_definition, sweep_of
 from orchestrator.launch import trial_resources, tune_trial
-from orchestrator.metric_choice import KNN, choice_for_sweep
-from orchestrator.overrides import flatten, override
+from orchestrator.metric_choice import KNN, Mode, choice_for_sweep
+from orchestrator.overrides import override
 from orchestrator.preflight import open_sources
 from orchestrator.progress import RunProgress
 from orchestrator.ray_cluster import (
@@ -40,6 +41,7 @@ from orchestrator.records import (
 )
 from orchestrator.registry import upload_when_asked
 from orchestrator.runs import (
+    Trial,
     check_same_images,
     find_folder,
     git_commit,
@@ -50,11 +52,15 @@ from orchestrator.runs import (
     resumed_record,
 )
 from orchestrator.schedulers import last_first_rung, make_scheduler, scheduler_notes
+from orchestrator.search import Search, first_suggestions
 from orchestrator.summary import Summary
 from orchestrator.supervisor import supervise
-from orchestrator.sweep import Sweep, expand
+from orchestrator.sweep import CheckedSweep, Sweep, check, expand
 from orchestrator.tracking import Target
 from orchestrator.worker import FAILURE_FILE
+
+if TYPE_CHECKING:
+    from orchestrator.data.split import Source
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,22 @@ class _Plan:
     definition: dict[str, Any]
     records: dict[str, RunRecord]
     """By trial, in order."""
+    search: Search | None = None
+    """What adds trials as results come."""
+
+    def ask(self) -> list[str]:
+        """Write down the trials of the search's next configuration; their ids, none where it is over."""
+        return self.add(self.search.ask()) if self.search is not None else []
+
+    def add(self, trials: Iterable[tuple[Trial, RunRecord]]) -> list[str]:
+        """Write down more trials, each record before the list that names it; their ids."""
+        added = {trial.trial_id: (trial, record) for trial, record in trials}
+        for trial_id, (_, record) in added.items():
+            record.write(self.run_dir(trial_id))
+        self.definition["trials"] = [*self.definition["trials"], *(_entry(trial) for trial, _ in added.values())]
+        write_json(self.folder / SWEEP_FILE, self.definition)
+        self.records.update({trial_id: record for trial_id, (_, record) in added.items()})
+        return list(added)
 
     def failed(self) -> dict[str, str]:
         """Trial to reason."""
@@ -134,13 +156,74 @@ def resume_sweep(name: str, changes: Mapping[str, Any] | None = None, storage: s
     digests = {data: source.digest() for data, source in open_sources(configs.values()).items()}
     for trial_id, record in records.items():
         check_same_images(record, digests[configs[trial_id].data])
-    plan = _Plan(folder, definition, records)
+    plan = _Plan(folder, definition, records, _resumed_search(folder, definition, records))
     for trial_id, record in records.items():
         record.write(plan.run_dir(trial_id))
+    if plan.search is not None:
+        plan.add(plan.search.lost(records))
     return _run(plan)
 
 
+def _resumed_search(folder: Path, definition: dict[str, Any], records: Mapping[str, RunRecord]) -> Search | None:
+    if definition.get("design") != "optuna":
+        return None
+    first = next(iter(records.values()))
+    checked = check(sweep_of(definition, first.config))
+    recorder = _Recorder(
+        folder.name,
+        first.recipe,
+        first.experiment,
+        first.paper_setting,
+        definition["method"],
+        git_commit(),
+        first.stop_collapsed,
+    )
+    return Search(checked, folder, definition["objectives"], recorder.record)
+
+
+@dataclass
+class _Recorder:
+    """Makes the records of a sweep's trials."""
+
+    sweep: str
+    """Name of its folder."""
+    recipe: str
+    experiment: str
+    paper_setting: str
+    method: str | None
+    commit: str | None
+    stop_collapsed: bool
+    sources: dict[DataConfig, Source] = field(default_factory=dict)
+    digests: dict[DataConfig, str] = field(default_factory=dict)
+
+    def record(self, trial: Trial) -> RunRecord:
+        """Raises ConfigError if the trial cannot run."""
+        data = trial.config.data
+        self.sources |= open_sources([trial.config], self.sources)
+        if data not in self.digests:
+            self.digests[data] = self.sources[data].digest()
+        return prepare_run(
+            trial.config,
+            self.sources[data],
+            run_id=f"{self.sweep}.{trial.trial_id}",
+            recipe=self.recipe,
+            experiment=self.experiment,
+            data_digest=self.digests[data],
+            commit=self.commit,
+            trial=dataclasses.replace(trial, method=trial.method or self.method),
+            sweep=self.sweep,
+            paper_setting=self.paper_setting,
+            stop_collapsed=self.stop_collapsed,
+        )
+
+
+def _entry(trial: Trial) -> dict[str, Any]:
+    """A trial in the list of `sweep.json`."""
+    return {"trial_id": trial.trial_id, "changes": dict(trial.changes), "seed": trial.seed}
+
+
 def _write_plan(sweep: Sweep) -> _Plan:
+    checked = check(sweep)
     trials = expand(sweep)
     sources = open_sources(trial.config for trial in trials)
     choice = choice_for_sweep(
@@ -160,23 +243,10 @@ def _write_plan(sweep: Sweep) -> _Plan:
     name = new_name(sweep.name)
     folder = Path(base.cluster.storage).resolve() / name
     experiment = base.tracking.experiment or sweep.name
-    digests = {data: source.digest() for data, source in sources.items()}
-    commit = git_commit()
-    records = {}
-    for trial in trials:
-        records[trial.trial_id] = prepare_run(
-            trial.config,
-            sources[trial.config.data],
-            run_id=f"{name}.{trial.trial_id}",
-            recipe=sweep.recipe,
-            experiment=experiment,
-            data_digest=digests[trial.config.data],
-            commit=commit,
-            trial=trial,
-            sweep=name,
-            paper_setting=sweep.paper_setting,
-            stop_collapsed=sweep.stop_collapsed,
-        )
+    recorder = _Recorder(
+        name, sweep.recipe, experiment, sweep.paper_setting, None, git_commit(), sweep.stop_collapsed, sources
+    )
+    records = {trial.trial_id: recorder.record(trial) for trial in trials}
     if sweep.grace_steps is not None and sweep.scheduler != "none":
         shortest = min(int(record.derived["total_steps"]) for record in records.values())
         judged = last_first_rung(sweep.scheduler, sweep.grace_steps, sweep.reduction_factor, sweep.brackets)
@@ -195,7 +265,6 @@ def _write_plan(sweep: Sweep) -> _Plan:
         "method": sweep.method,
         "rows": {row: dataclasses.asdict(found) for row, found in sweep.rows.items()},
         "paper_setting": sweep.paper_setting,
-        "space": {key: list(values) for key, values in sweep.space.items()},
         "seeds": sweep.seeds,
         "metric": choice.metric,
         "mode": choice.mode,
@@ -205,24 +274,34 @@ def _write_plan(sweep: Sweep) -> _Plan:
         "reduction_factor": sweep.reduction_factor,
         "brackets": sweep.brackets,
         "stop_collapsed": sweep.stop_collapsed,
-        "trials": [{"trial_id": t.trial_id, "changes": dict(t.changes), "seed": t.seed} for t in trials],
-        "base": flatten(base),
+        **design_definition(checked, trials, choice),
+        "trials": [_entry(trial) for trial in trials],
     }
-    plan = _Plan(folder, definition, records)
+    plan = _Plan(folder, definition, records, _new_search(checked, folder, definition["objectives"], recorder))
     for trial_id, record in records.items():
         record.write(plan.run_dir(trial_id))
     write_json(folder / SWEEP_FILE, definition)
     return plan
 
 
+def _new_search(checked: CheckedSweep, folder: Path, objectives: dict[str, Mode], recorder: _Recorder) -> Search | None:
+    if checked.sweep.design != "optuna":
+        return None
+    search = Search(checked, folder, objectives, recorder.record)
+    search.begin(first_suggestions(checked, list(objectives.values())))
+    return search
+
+
 def _run(plan: _Plan) -> SweepResult:
     config = plan.config
     open_trials = plan.open_trials()
+    more = plan.search.left() if plan.search is not None else 0
     target = Target.of(config.tracking)
     name = plan.folder.name
     lengths = "; ".join(dict.fromkeys(map(length_in_words, plan.records.values())))
     print(
         f"sweep {name}: {len(plan.records)} trials, {len(open_trials)} to run, each of {lengths}; "
+        f"{f'{more} more configurations to be searched for; ' if more else ''}"
         f"records in {plan.folder}",
         flush=True,
     )
@@ -231,8 +310,10 @@ def _run(plan: _Plan) -> SweepResult:
     ledger.record(name, "started")
 
     def launch() -> None:
-        if open_trials:
-            _tune(plan, open_trials, ledger)
+        if open_trials or more:
+            _tune(plan, open_trials, ledger, runs)
+        if plan.search is not None:
+            print(plan.search.describe(), flush=True)
         Summary.of(plan.folder, target).write_report()
         failed = plan.failed()
         ledger.record(name, "failed" if failed else "finished", ", ".join(failed))
@@ -259,8 +340,11 @@ def _run(plan: _Plan) -> SweepResult:
     return SweepResult(plan.folder, plan.failed())
 
 
-def _tune(plan: _Plan, open_trials: list[str], ledger: Ledger) -> None:
-    """Run the trials as one Ray Tune experiment; returns when all ended, well or not."""
+def _tune(plan: _Plan, open_trials: list[str], ledger: Ledger, runs: list[RunProgress]) -> None:
+    """Run the trials as one Ray Tune experiment; returns when all ended, well or not.
+
+    Those that a search adds are added to `runs`.
+    """
     config = plan.config
     launcher = resolve_launcher(config.cluster, in_sweep=True)
     # Ray Train's cleaner of placement groups asks the dashboard which controllers live.
@@ -269,17 +353,34 @@ def _tune(plan: _Plan, open_trials: list[str], ledger: Ledger) -> None:
 
     from orchestrator.tune_callback import LedgerCallback
 
+    num_trials = len(open_trials) + (plan.search.left() * plan.definition["seeds"] if plan.search is not None else 0)
     configs = (override(RunConfig(), plan.records[trial_id].config) for trial_id in open_trials)
     streams = num_streams(configs) if config.cluster.share_crops else None
-    concurrency = plan_concurrency(config, capacity, len(open_trials), streams)
+    concurrency = plan_concurrency(config, capacity, num_trials, streams)
     for trial_id in open_trials:
         (plan.run_dir(trial_id) / FAILURE_FILE).unlink(missing_ok=True)
     trials = {str(plan.run_dir(trial_id)): plan.records[trial_id] for trial_id in open_trials}
+
+    def more() -> list[str]:
+        added = {str(plan.run_dir(trial_id)): trial_id for trial_id in plan.ask()}
+        trials.update({run_dir: plan.records[trial_id] for run_dir, trial_id in added.items()})
+        runs.extend(RunProgress.of(plan.run_dir(trial_id), trial_id) for trial_id in added.values())
+        return list(added)
+
+    search: dict[str, Any] = {}
+    space: dict[str, Any] = {"run_dir": tune.grid_search(list(trials)), "launcher": launcher}
+    if plan.search is not None:
+        from orchestrator.tune_search import RecordedSearch
+
+        space, search = {}, {"search_alg": RecordedSearch(list(trials), more, launcher), "num_samples": num_trials}
     tuner = tune.Tuner(
         tune.with_resources(tune_trial, trial_resources(config, launcher)),
-        param_space={"run_dir": tune.grid_search(list(trials)), "launcher": launcher},
+        param_space=space,
         tune_config=tune.TuneConfig(
-            scheduler=make_scheduler(plan.definition, max(int(r.derived["total_steps"]) for r in trials.values())),
+            **search,
+            scheduler=make_scheduler(
+                plan.definition, max(int(r.derived["total_steps"]) for r in plan.records.values())
+            ),
             max_concurrent_trials=concurrency,
             # A warm actor has torch imported already. A trial that only waits for a TorchTrainer cannot be reset.
             reuse_actors=launcher == "trial",

@@ -13,16 +13,18 @@ from typing import Any
 from dino_core.config import ConfigError
 from orchestrator.catalog import load_recipe, recipes, sweep_module, sweep_names
 from orchestrator.config_file import dotted, load_file
-from orchestrator.overrides import config_keys, did_you_mean, show, unknown_key
-from orchestrator.sweep import UNNAMED, Row, Sweep, setting_keys, with_settings
+from orchestrator.overrides import config_keys, did_you_mean, show, takes_numbers, unknown_key
+from orchestrator.space import SPELLING, parse_range
+from orchestrator.sweep import CONTENTS, UNNAMED, WHOLE, Row, Sweep, setting_keys, with_settings
 
 
 def load_sweep(name: str) -> Sweep:
     """A built-in sweep, a FILE.py that defines SWEEP, a FILE.yaml or FILE.json, or a recipe, which varies nothing yet.
 
-    A file of settings holds `base` (a recipe), `space` (lists of values by key), `rows` (by name, each with any of
-    `method`, `changes` and `paper`), settings of the sweep (`seeds: 3`) and changes for all trials (`pretrain.steps:
-    100`). A sweep comes before a recipe of the same name.
+    A file of settings holds `base` (a recipe), `space` (by key, lists of values or ranges such as `{low: 1, high: 2}`),
+    `conditions`, `interactions` and `objectives` as in `Sweep`, `rows` (by name, each with any of `method`, `changes`
+    and `paper`), settings of the sweep (`seeds: 3`) and changes for all trials (`pretrain.steps: 100`). A sweep comes
+    before a recipe of the same name.
 
     Raises ConfigError naming what is wrong, and for an unknown name the nearest.
     """
@@ -73,21 +75,36 @@ def _load_python(path: Path) -> Sweep:
 
 
 def _load_settings(path: Path) -> Sweep:
-    flat = load_file(path, whole=("rows",))
+    flat = load_file(path, whole=("rows", *WHOLE))
     base = flat.pop("base", None)
     if not isinstance(base, str):
         raise ConfigError(f"{path}: base = {show(base)}: must be the name of a recipe: {', '.join(recipes())}")
     load_recipe(base)
     if "space" in flat:
         raise ConfigError(f"{path}: space = {show(flat['space'])}: must hold a list of values under each key")
-    space = {key.removeprefix("space."): flat.pop(key) for key in list(flat) if key.startswith("space.")}
+    space = _space({key.removeprefix("space."): flat.pop(key) for key in list(flat) if key.startswith("space.")})
     rows, problems = _rows(flat.pop("rows", {}))
+    parts = {f"sweep.{name}": flat.pop(name) for name in WHOLE if name in flat}
     own = {f"sweep.{key}" if f"sweep.{key}" in setting_keys() else key: value for key, value in flat.items()}
     known = [*config_keys(), *setting_keys()]
-    problems += [unknown_key(key, [*known, "base", "rows", "space"]) for key in own if key not in known]
+    problems += [unknown_key(key, [*known, *CONTENTS]) for key in own if key not in known]
     if problems:
         raise ConfigError("\n".join(f"{path}: {problem}" for problem in problems))
-    return with_settings(Sweep(base=base, rows=rows, space=space), own)
+    return with_settings(Sweep(base=base, rows=rows, space=space), own | parts)
+
+
+def _space(flat: dict[str, Any]) -> dict[str, Any]:
+    """The space with its ranges, whose parts (`pretrain.optim.lr.low`) stand by themselves in a flat file."""
+    space: dict[str, Any] = {}
+    for name, value in flat.items():
+        key, _, part = name.rpartition(".")
+        if key in config_keys():
+            space.setdefault(key, {})
+            if isinstance(space[key], dict):
+                space[key][part] = value
+        else:
+            space[name] = value
+    return space
 
 
 def _rows(given: Any) -> tuple[dict[str, Row], list[str]]:
@@ -119,24 +136,34 @@ def _rows(given: Any) -> tuple[dict[str, Row], list[str]]:
     return rows, problems
 
 
-def parse_vary(items: Sequence[str]) -> dict[str, list[str]]:
-    """`key=v1,v2` arguments as a space. Commas inside brackets do not separate: `key=[0.4,1],[0.14,1]`.
+def parse_vary(items: Sequence[str]) -> dict[str, list[str] | dict[str, Any]]:
+    """`key=v1,v2` or `key=low..high` arguments as a space.
 
-    Raises ConfigError: no `=`, an empty value, brackets that do not match, a key given twice.
+    Commas inside brackets do not separate: `key=[0.4,1],[0.14,1]`. Ranges are written `low..high`, `low..high:log` or
+    `low..high:step=N` and are those of keys that take numbers; `..` in a text, such as a path, is left alone.
+
+    Raises ConfigError: no `=`, an empty value, brackets that do not match, a key given twice, a range that is not one
+    or stands beside other values.
     """
-    space: dict[str, list[str]] = {}
+    space: dict[str, list[str] | dict[str, Any]] = {}
     problems = []
     for item in items:
         key, equals, text = (part.strip() for part in item.partition("="))
         values = _split(text)
         if not equals or not key:
-            problems.append(f"--vary {show(item)}: must be key=value,value,...")
+            problems.append(f"--vary {show(item)}: must be key=value,value,... or key=low..high")
         elif values is None:
             problems.append(f"--vary {show(item)}: the brackets do not match")
         elif not all(values):
             problems.append(f"--vary {show(item)}: has an empty value; must be key=value,value,...")
         elif key in space:
             problems.append(f"--vary {key}: given twice; put all its values into one --vary")
+        elif ".." in text and key in config_keys() and takes_numbers(config_keys()[key]):
+            found = parse_range(text)
+            if found is None:
+                problems.append(f"--vary {show(item)}: must be one range, {SPELLING}, or values with commas between")
+            else:
+                space[key] = found
         else:
             space[key] = values
     if problems:

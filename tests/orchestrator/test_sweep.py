@@ -329,7 +329,10 @@ def test_settings_of_the_sweep_and_of_its_trials() -> None:
     assert {t.config.pretrain.steps for t in expand(sweep)} == {9}
     assert set(setting_keys()) >= {
         f"sweep.{name}" for name in ("name", "seeds", "metric", "mode", "scheduler", "grace_steps", "reduction_factor")
-    } | {"sweep.method", "sweep.paper_setting", "sweep.brackets", "sweep.stop_collapsed"}
+    } | {
+        *("sweep.method", "sweep.paper_setting", "sweep.brackets", "sweep.stop_collapsed", "sweep.design"),
+        *("sweep.design_seed", "sweep.num_trials", "sweep.num_startup_trials", "sweep.resolution"),
+    }
 
 
 @pytest.mark.parametrize(
@@ -381,7 +384,7 @@ def test_vary_splits_at_top_level_commas() -> None:
     with pytest.raises(ConfigError) as caught:
         parse_vary(["a", "b=1,,2", "c=[1,2", "c=1]", "d=1", "d=2", "e="])
     assert str(caught.value).splitlines() == [
-        "--vary a: must be key=value,value,...",
+        "--vary a: must be key=value,value,... or key=low..high",
         "--vary b=1,,2: has an empty value; must be key=value,value,...",
         "--vary c=[1,2: the brackets do not match",
         "--vary c=1]: the brackets do not match",
