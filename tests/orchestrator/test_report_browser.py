@@ -84,7 +84,7 @@ def drawn(browser: Any) -> dict[str, int]:
         const marks = ".scatterlayer .js-line, .scatterlayer .point, .barlayer .point path, .heatmaplayer image";
         const count = (plot) => [...plot.querySelectorAll(marks)].filter((mark) => {
           const box = mark.getBoundingClientRect();
-          return box.width + box.height > 0;
+          return mark.closest(".barlayer") ? box.width * box.height > 0 : box.width + box.height > 0;
         }).length;
         return Object.fromEntries([...document.querySelectorAll(".plot")].map((plot) => [plot.id, count(plot)]));
         """
