@@ -21,7 +21,6 @@ from orchestrator.data_commands import data
 from orchestrator.errors import RunFailed
 
 if TYPE_CHECKING:
-    from orchestrator.compare import Comparison
     from orchestrator.run_sweep import SweepResult
     from orchestrator.sweep import Sweep
 
@@ -282,6 +281,9 @@ def compare(
     dino compare temperature momentum --metric eval/rankme
     dino compare quickstart --format html --output quickstart.html tracking.uri=http://mlflow.example:5000
     """
+    from orchestrator.api import compare as compare_experiments
+    from orchestrator.config import RunConfig
+    from orchestrator.overrides import override, parse_assignments
     from orchestrator.tables import render, rich_tables
     from orchestrator.trials import CompareError
 
@@ -289,8 +291,10 @@ def compare(
     settings = [name for name in names if name not in experiments]
     if not experiments:
         raise click.UsageError("Missing argument 'EXPERIMENT'.")
+    config = override(RunConfig(), parse_assignments(settings))
+    where = {"storage": config.cluster.storage, "uri": config.tracking.uri}
     try:
-        comparison = _compare(experiments, settings, metric, mode, reference)
+        comparison = compare_experiments(*experiments, metric=metric, mode=mode, reference=reference, **where)
     except CompareError as error:
         raise ConfigError(str(error)) from error
     if form == "table" and output is None and sys.stdout.isatty():
@@ -499,33 +503,6 @@ def _refuse_with_resume(options: dict[str, Any]) -> None:
 def _check_calibrate(dry_run: bool, calibrate: bool) -> None:
     if calibrate and not dry_run:
         raise click.UsageError("--calibrate measures for --dry-run, and cannot be given without it.")
-
-
-def _compare(
-    experiments: Sequence[str], settings: Sequence[str], metric: str | None, mode: Any, reference: str | None
-) -> Comparison:
-    """The comparison of what folders, names in the storage folder, and MLflow hold."""
-    from orchestrator.compare import compare as compare_trials
-    from orchestrator.config import RunConfig
-    from orchestrator.metric_choice import choice_for_trials, resolve_metric
-    from orchestrator.overrides import override, parse_assignments
-    from orchestrator.trials import check_metric, common_definition, load_trials
-
-    config = override(RunConfig(), parse_assignments(settings))
-    trials = load_trials(experiments, storage=config.cluster.storage, uri=config.tracking.uri)
-    definition = common_definition(trials)
-    choice = choice_for_trials(trials, definition)
-    if metric is not None:
-        check_metric(metric, trials)
-        choice = resolve_metric(metric, mode, has_labels=True)
-    return compare_trials(
-        trials,
-        choice.metric,
-        mode or choice.mode,
-        reference=reference,
-        base=(definition or {}).get("base"),
-        why=choice.why,
-    )
 
 
 def _end_sweep(result: SweepResult, model: str | None) -> None:
