@@ -151,12 +151,12 @@ class GrowingSweep:
         with ExitStack() as stack:
             run_dirs = [self.folder / "trials" / trial for trial in self.trials]
             journals = [stack.enter_context(closing(Journal(run_dir))) for run_dir in run_dirs]
-            while not self._stop.wait(0.03):
+            while not self._stop.wait(0.1):
                 for i, (run_dir, journal) in enumerate(zip(run_dirs, journals, strict=True)):
                     begin = time.perf_counter()
                     log_steps(journal, i, range(self.num_steps, self.num_steps + 1), 0.0)
                     self.seconds.append(time.perf_counter() - begin)
-                    if self.num_steps % 200 == 0:
+                    if self.num_steps % 50 == 0:
                         picture = run_dir / "pictures" / f"step_{self.num_steps:08}" / "crops.png"
                         picture.parent.mkdir(parents=True)
                         picture.write_bytes(picture_of(i, self.num_steps))
@@ -206,14 +206,14 @@ def test_a_server_killed_under_a_running_sweep_loses_and_repeats_nothing(
         stored = client.search_runs([found.experiment_id]) if found else []
         return sum(len(client.get_metric_history(run.info.run_id, METRICS[0])) for run in stored)
 
-    wait_until(lambda: num_points() > 200, 120, "nothing arrives")
+    wait_until(lambda: num_points() > 100, 120, "nothing arrives")
     mlflow_server.kill()
     wait_until(lambda: delivery.problem is not None, 60, "nobody noticed that the server is gone")
     steps_at_the_kill = sweep.num_steps
     mlflow_server.start()
     assert sweep.num_steps > steps_at_the_kill, "training waited"
     sweep.end()
-    assert delivery.finish(120.0) is None
+    assert delivery.finish(300.0) is None
     # A busy machine can hold up any step; waiting for attempts would hold up many.
     assert sorted(sweep.seconds)[-4] < 0.5, "steps waited for the server"
     check_complete(
@@ -223,7 +223,7 @@ def test_a_server_killed_under_a_running_sweep_loses_and_repeats_nothing(
         copy = Path(client.download_artifacts(run.info.run_id, "pictures", str(tmp_path)))
         found = {path.parent.name: path.read_bytes() for path in copy.rglob("crops.png")}
         index = sweep.trials.index(run.info.run_name)
-        assert found == {f"step_{s:08}": picture_of(index, s) for s in range(0, sweep.num_steps, 200)}
+        assert found == {f"step_{s:08}": picture_of(index, s) for s in range(0, sweep.num_steps, 50)}
         shutil.rmtree(copy)
 
 
@@ -243,7 +243,7 @@ def test_a_slow_server_slows_no_step_and_no_end(slow_proxy: SlowProxy, grow: Cal
     wait_until(lambda: slow_proxy.num_requests >= 3, 60, "nothing is sent")
     steps = sweep.num_steps
     wait_until(lambda: slow_proxy.num_requests >= 5, 60, "nothing is sent")
-    assert sweep.num_steps - steps > 50, "training waited"
+    assert sweep.num_steps - steps > 15, "training waited"
     assert sorted(sweep.seconds)[-4] < 0.5
     begin = time.monotonic()
     assert delivery.finish(2.0) is not None, "it cannot be done yet, and nobody was told"
