@@ -86,7 +86,7 @@ def _wait_for_head(process: subprocess.Popen[bytes], dashboard: int, temporary: 
 def postgres() -> Iterator[str]:
     """The address of an empty PostgreSQL database."""
     if not (POSTGRESQL / "initdb").exists():
-        pytest.skip(f"no PostgreSQL in {POSTGRESQL}; PG_BIN names another folder")
+        pytest.skip(f"no PostgreSQL in {POSTGRESQL.parent}")
     with running_postgres() as address:
         yield address
 

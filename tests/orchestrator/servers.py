@@ -20,8 +20,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-POSTGRESQL = Path(os.environ.get("PG_BIN", "/usr/lib/postgresql/15/bin"))
-"""Its programs, where Debian has them; they are not on the PATH."""
+_DEBIAN = Path("/usr/lib/postgresql")
+POSTGRESQL = max(_DEBIAN.glob("*/bin"), key=lambda found: int(found.parent.name), default=_DEBIAN / "none")
+"""PostgreSQL's programs, where Debian has them; they are not on the PATH."""
 
 
 def free_port() -> int:

@@ -109,7 +109,6 @@ def write_run(root: str, index: int, uri: str, barrier: object) -> None:
 def test_twenty_writers_on_one_fresh_sqlite_file_lose_and_repeat_nothing(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path / 'store' / 'mlflow.db'}"
     context = multiprocessing.get_context("forkserver")  # imports MLflow once for all of them
-    context.set_forkserver_preload(["mlflow.store.tracking.sqlalchemy_store", __name__])
     barrier = context.Barrier(NUM_WRITERS)
     processes = [
         context.Process(target=write_run, args=(str(tmp_path), i, uri, barrier), daemon=True)
