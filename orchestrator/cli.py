@@ -348,9 +348,9 @@ def export(run: str, form: Any, folder: str, network: Any) -> None:
 @click.argument("model")
 @_settings
 def register(name: str, model: str, settings: tuple[str, ...]) -> None:
-    """Register the best backbone of SWEEP, or that of RUN, in MLflow as a version of MODEL.
+    """Register the best backbone in MLflow.
 
-    The best is the first healthy trial of the sweep's comparison. What MLflow has not got of the record is delivered
+    That of the run, or of the sweep's best trial, becomes a version of MODEL. The best is the first healthy trial of the sweep's comparison. What MLflow has not got of the record is delivered
     before. As --register of `sweep` and `pretrain`, at a later time.
 
     \b

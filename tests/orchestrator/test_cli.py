@@ -74,7 +74,7 @@ BAD_INPUT = [
     (["sweep", "components", "--method", "byol"], "error: sweep.method = byol: must be none for a sweep with rows"),
     (["sweep", "crops", "--vary", "pretrain.crops.num_local_crops=1,2"], "cannot vary, it is set by rows local_0"),
     (["sweep", "crops", "pretrain.crops.num_local_crops=1"], "every row of the sweep sets its own"),
-    (["sweep", "temprature"], "error: unknown sweep 'temprature'; did you mean temperature?"),
+    (["sweep", "temprature"], "error: unknown sweep 'temprature'; did you mean temperature or temperature_warmup?"),
     (["sweep", "nowhere.yaml"], "error: nowhere.yaml: cannot be read: No such file or directory"),
     (["sweep", "nowhere.py"], "error: nowhere.py: cannot be read: No such file or directory"),
     (["sweep", "cifar10_tiny"], "error: cifar10_tiny: varies nothing; give --vary"),
@@ -196,7 +196,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any, dict[str, Any
     def noted(name: str) -> Any:
         def call(first: Any, *rest: Any, **named: Any) -> Any:
             made.append((name, first, named | ({"changes": rest[0]} if rest else {})))
-            return SimpleNamespace(failed={})
+            return SimpleNamespace(failed={}, ok=True, folder=Path("unused"))
 
         return call
 
@@ -340,7 +340,7 @@ def test_a_failed_run_is_exit_code_1(monkeypatch: pytest.MonkeyPatch, capsys: py
 def test_failed_trials_are_exit_code_1_and_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    result = SimpleNamespace(failed={"temp_0.04-s0": "out of memory"})
+    result = SimpleNamespace(failed={"temp_0.04-s0": "out of memory"}, ok=False, folder=Path("unused"))
     monkeypatch.setitem(sys.modules, "orchestrator.run_sweep", SimpleNamespace(run_sweep=lambda sweep: result))
     assert cli.main(SQ) == 1
     assert capsys.readouterr().err.splitlines() == [
@@ -430,7 +430,7 @@ def test_a_thousand_trials_are_told_in_few_lines(capsys: pytest.CaptureFixture[s
     [
         (["pretrain"], "di", ["dino_vits16", "dino_resnet50"]),
         (["pretrain", "quickstart"], "pretrain.stu", ["pretrain.student.temp="]),
-        (["sweep"], "cr", ["crop_scale", "crops"]),
+        (["sweep"], "cr", ["crop_scale", "crop_sizes", "crops"]),
         (["sweep"], "cifar10_t", ["cifar10_tiny"]),
         (["pretrain", "quickstart", "--method"], "s", ["simsiam", "simclr", "swav"]),
         (["sweep"], "my-", ["my-"]),

@@ -363,7 +363,11 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 def test_the_best_healthy_trial_is_registered_and_loads(
-    store: str, finished_sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    store: str,
+    finished_sweep: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     import timm
     import torch
@@ -386,9 +390,8 @@ def test_the_best_healthy_trial_is_registered_and_loads(
     expected = {"metric": "eval/knn_top1", "value": "70.0", "value_step": "8", "data_digest": "d" * 32}
     assert expected.items() <= version.tags.items()
     copy = client.download_artifacts(version.run_id, "backbone/step_00000008", str(tmp_path))
-    by_address = mlflow.artifacts.download_artifacts(
-        "models:/tiny-vit/1", dst_path=str(tmp_path / "copy"), tracking_uri=store, registry_uri=store
-    )
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)  # as docs/tracking.md says; MLflow looks up names in no other
+    by_address = mlflow.artifacts.download_artifacts("models:/tiny-vit/1", dst_path=str(tmp_path / "copy"))
     assert (
         sorted(os.listdir(by_address)) == sorted(os.listdir(copy)) == ["README.md", "config.json", "model.safetensors"]
     )
