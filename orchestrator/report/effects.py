@@ -142,7 +142,8 @@ def _lines(lines: Sequence[tuple[str, Sequence[tuple[str, Effect]]]], title: str
     from plotly.graph_objects import Figure
 
     values = list(dict.fromkeys(value for _, effects in lines for value, _ in effects))
-    ticks = {"tickvals": list(range(len(values))), "ticktext": [drawn_text(_short(value)) for value in values]}
+    ticks: dict[str, Any] = {"tickvals": list(range(len(values)))}
+    ticks |= {"ticktext": [drawn_text(_short(value)) for value in values], "ticklabeloverflow": "allow"}
     form = layout(y=title, showlegend=len(lines) > 1, xaxis=ticks | {"range": [-0.5, len(values) - 0.5]}, yaxis=scale)
     figure = Figure(layout=form)
     for i, (name, effects) in enumerate(lines):
