@@ -350,8 +350,9 @@ def export(run: str, form: Any, folder: str, network: Any) -> None:
 def register(name: str, model: str, settings: tuple[str, ...]) -> None:
     """Register the best backbone in MLflow.
 
-    That of the run, or of the sweep's best trial, becomes a version of MODEL. The best is the first healthy trial of the sweep's comparison. What MLflow has not got of the record is delivered
-    before. As --register of `sweep` and `pretrain`, at a later time.
+    That of the run, or of the sweep's best trial, becomes a version of MODEL. The best is the first healthy trial of
+    the sweep's comparison. What MLflow has not got of the record is delivered before. As --register of `sweep` and
+    `pretrain`, at a later time.
 
     \b
     dino register quickstart-20260101-120000-ab12 my_backbone

@@ -301,7 +301,8 @@ def test_a_complete_run_is_in_mlflow(complete: Ended, store: Store) -> None:
     for name, curve in read_curves(folder).items():
         history = client.get_metric_history(run.info.run_id, name)
         assert sorted((point.step, point.value) for point in history) == curve, name
-    assert {item.path for item in client.list_artifacts(run.info.run_id)} == {"run.json", "report.html", "environment.json", "pictures"}
+    artifacts = {item.path for item in client.list_artifacts(run.info.run_id)}
+    assert artifacts == {"run.json", "report.html", "environment.json", "pictures"}
 
 
 # --- 2. resuming ------------------------------------------------------------------------------------------------------
