@@ -169,6 +169,7 @@ def _supervised(record: RunRecord, folder: Path, config: RunConfig) -> None:
             connect(config, dashboard=False)
         ledger.record(record.run_id, "started")
         _train(record, folder, partial(launch_local, stopped=stopped) if local else launch_torch_trainer)
+        disconnect()
         Summary.of(folder, target).write_report()
         ledger.record(record.run_id, "finished")
 

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -219,6 +220,7 @@ def connect(config: RunConfig, *, dashboard: bool) -> Capacity:
 
 _started_here: list[psutil.Process] = []
 """The servers of the Ray that `_start_local` started: children of this process, parents of Ray's workers and agents."""
+_leaving = threading.Lock()
 
 EXIT_S = 5.0
 """How long a process of a Ray that was told to end may take."""
@@ -228,13 +230,15 @@ def disconnect() -> None:
     """End the connection, and the cluster if it was started here. Does nothing where there is none.
 
     Of a cluster started here no process is left: Ray's agents notice the end of their node by themselves and, on a
-    busy machine, sometimes do not end for minutes.
+    busy machine, sometimes do not end for minutes. Where nothing went wrong, call this in the thread that connected:
+    Ray's servers die with the thread that started them, and Ray's own shutdown then waits 15 s for the dead.
     """
-    family = [process for server in _started_here for process in _with_descendants(server)]
-    _started_here.clear()
-    if "ray" in sys.modules:
-        sys.modules["ray"].shutdown()
-    end_processes(family, EXIT_S)
+    with _leaving:
+        family = [process for server in _started_here for process in _with_descendants(server)]
+        _started_here.clear()
+        if "ray" in sys.modules:
+            sys.modules["ray"].shutdown()
+        end_processes(family, EXIT_S)
 
 
 def end_processes(processes: Sequence[psutil.Process], patience_s: float) -> None:

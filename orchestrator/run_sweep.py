@@ -312,6 +312,7 @@ def _run(plan: _Plan) -> SweepResult:
     def launch() -> None:
         if open_trials or more:
             _tune(plan, open_trials, ledger, runs)
+            disconnect()
         if plan.search is not None:
             print(plan.search.describe(), flush=True)
         Summary.of(plan.folder, target).write_report()
