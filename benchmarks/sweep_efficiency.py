@@ -32,7 +32,6 @@ import psutil
 
 from orchestrator.catalog import load_recipe
 from orchestrator.config import RunConfig
-from orchestrator.estimate import num_devices
 from orchestrator.overrides import override, parse_assignments
 from orchestrator.records import LEDGER_FILE, METRICS_FILE, read_lines
 from orchestrator.run_clock import DEVICE_HOURS, PARTS
@@ -161,7 +160,7 @@ def read_spans(folder: Path, config: RunConfig) -> list[Span]:
         metrics: dict[str, float] = {}
         for record in records:
             metrics |= record["metrics"]
-        seconds = metrics[DEVICE_HOURS] * 3600 / num_devices(config)
+        seconds = metrics[DEVICE_HOURS] * 3600 / config.cluster.num_devices
         parts: dict[str, float] = {part: metrics[f"time/{part}_s"] for part in PARTS}
         parts["steps"] = seconds - sum(parts.values())
         end = records[-1]["time"]

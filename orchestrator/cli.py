@@ -292,9 +292,15 @@ def compare(
     if not experiments:
         raise click.UsageError("Missing argument 'EXPERIMENT'.")
     config = override(RunConfig(), parse_assignments(settings))
-    where = {"storage": config.cluster.storage, "uri": config.tracking.uri}
     try:
-        comparison = compare_experiments(*experiments, metric=metric, mode=mode, reference=reference, **where)
+        comparison = compare_experiments(
+            *experiments,
+            metric=metric,
+            mode=mode,
+            reference=reference,
+            storage=config.cluster.storage,
+            uri=config.tracking.uri,
+        )
     except CompareError as error:
         raise ConfigError(str(error)) from error
     if form == "table" and output is None and sys.stdout.isatty():

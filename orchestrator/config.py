@@ -95,6 +95,11 @@ class ClusterConfig(CheckedConfig):
     keep_checkpoints: int = number(2, ge=1)
     """Newest checkpoints kept of each run."""
 
+    @property
+    def num_devices(self) -> int:
+        """GPUs of a run or, where it has none, CPU cores of its training processes."""
+        return self.num_workers * (1 if self.use_gpu else self.cpus_per_worker)
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrackingConfig(CheckedConfig):

@@ -15,7 +15,6 @@ from orchestrator.estimate import (
     Rate,
     assumed_rate,
     device_word,
-    num_devices,
     run_seconds,
     wall_seconds,
     what_does_not_fit,
@@ -122,7 +121,7 @@ class CostTable:
         for kind, each in zip(self.kinds, seconds, strict=True):
             if each is None:
                 return None
-            total += kind.num_runs * each * num_devices(kind.config) / 3600
+            total += kind.num_runs * each * kind.config.cluster.num_devices / 3600
         return total * self._scale
 
     def rows(self, at_once: int, *, here: bool) -> list[list[str]]:
@@ -137,7 +136,7 @@ class CostTable:
             row += [f"{cost.flops.total / 1e9:,.4g}", f"{amount.flops / 1e12:,.4g}", bytes_in_words(cost.total)]
             seconds = self.seconds(kind, at_once, here=here)
             if seconds is not None:
-                hours = seconds * num_devices(kind.config) / 3600
+                hours = seconds * kind.config.cluster.num_devices / 3600
                 row += [f"{hours:,.3g}", "measured" if kind.measured else "scaled" if self.gpu is None else "assumed"]
             rows.append(row)
         return rows
@@ -167,7 +166,7 @@ class CostTable:
                 wall = self._wall_hours(at_once, here=here)
                 lines["wall time"] = f"{bound}{hours_in_words(wall)} with {number_of(at_once, 'trial')} at once"
             else:
-                lines["wall time"] = hours_in_words(hours / num_devices(self.config))
+                lines["wall time"] = hours_in_words(hours / self.config.cluster.num_devices)
         if expected < 1:
             lines["expected"] = f"about {100 * expected:.0f} % of that, as trials are stopped early"
         if len(self.kinds) < self.num_kinds:

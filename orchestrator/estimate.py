@@ -82,12 +82,6 @@ def assumed_rate(config: RunConfig, cost: StepCost, gpu: Gpu) -> Rate | None:
     return Rate(share * cost.flops.total / per_s, 0.0, cost.flops.backbone / per_s)
 
 
-def num_devices(config: RunConfig) -> int:
-    """GPUs of a run or, where it has none, CPU cores of its training processes."""
-    cluster = config.cluster
-    return cluster.num_workers * (1 if cluster.use_gpu else cluster.cpus_per_worker)
-
-
 def device_word(config: RunConfig) -> str:
     return "GPU" if config.cluster.use_gpu else "core"
 

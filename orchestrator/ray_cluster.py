@@ -21,7 +21,6 @@ import psutil
 from dino_core.config import ConfigError
 from orchestrator.config import ClusterConfig, Launcher, RunConfig
 from orchestrator.errors import RunFailed
-from orchestrator.system_metrics import SUBMISSION_ID_ENV
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +31,9 @@ HEAD_RESOURCE = "node:__internal_head__"
 DRIVER_RESOURCES = {HEAD_RESOURCE: 0.001}
 """What a trial that only launches a TorchTrainer asks for. A fraction of a CPU would silently take a whole slot, and no
 resource at all is refused by Tune."""
+
+SUBMISSION_ID_ENV = "ORCHESTRATOR_RAY_SUBMISSION_ID"
+"""Tells the processes that Ray starts for a submitted job what its submission was called."""
 
 CHILD_ENV = {
     # A report waits for the controller's next poll; at the default of 2 s a trial that logs often would crawl.

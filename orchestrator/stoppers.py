@@ -14,7 +14,7 @@ from pathlib import Path
 from dino_core.config import PretrainConfig
 from dino_core.diagnosis import Diagnosis, Verdict, diagnose
 from dino_core.schedules import Schedules
-from orchestrator.config import ClusterConfig, RunConfig
+from orchestrator.config import RunConfig
 from orchestrator.overrides import override
 from orchestrator.records import RunRecord, read_curves, read_json, write_json
 
@@ -140,7 +140,7 @@ def stop_of(run_dir: Path, by: str, step: int, diagnosis: Diagnosis | None = Non
     config = override(RunConfig(), record.config)
     total_steps = int(record.derived["total_steps"])
     curves = read_curves(run_dir)
-    hours_per_step = _seconds_per_step(config, curves) * num_devices(config.cluster) / 3600
+    hours_per_step = _seconds_per_step(config, curves) * config.cluster.num_devices / 3600
     used = curves.get(_USED)
     found = diagnosis or Diagnosis("unknown")
     return Stop(
@@ -154,11 +154,6 @@ def stop_of(run_dir: Path, by: str, step: int, diagnosis: Diagnosis | None = Non
         evidence=found.evidence if found.is_bad else (),
         cause=found.cause,
     )
-
-
-def num_devices(cluster: ClusterConfig) -> int:
-    """What a run takes: its GPUs or, without, the CPU cores of its training processes."""
-    return cluster.num_workers * (1 if cluster.use_gpu else cluster.cpus_per_worker)
 
 
 def _seconds_per_step(config: RunConfig, curves: Mapping[str, Sequence[tuple[int, float]]]) -> float:

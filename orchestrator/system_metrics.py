@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
+from orchestrator.ray_cluster import SUBMISSION_ID_ENV
 from orchestrator.records import ENVIRONMENT_FILE, SYSTEM_FILE, AppendOnly, read_lines, write_json
 
 if TYPE_CHECKING:
@@ -32,8 +33,6 @@ logger = logging.getLogger(__name__)
 SAMPLE_EVERY_S = 10.0
 FIRST_SAMPLE_S = 1.0
 """After the start; a run of a few seconds has a sample too."""
-SUBMISSION_ID_ENV = "ORCHESTRATOR_RAY_SUBMISSION_ID"
-"""Tells the processes that Ray starts for a submitted job what its submission was called."""
 PACKAGES = (
     *("dino-orchestrator", "torch", "torchvision", "timm", "ray", "mlflow", "numpy"),
     *("pillow", "simplejpeg", "opencv-python-headless"),

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, TypeVar
 from dino_core.config import ConfigError
 from orchestrator.config import Launcher, RunConfig
 from orchestrator.errors import RunFailed
-from orchestrator.estimate import num_devices
 from orchestrator.overrides import override
 from orchestrator.records import CHECKPOINTS_DIR, RUN_FILE, Journal, RunRecord, read_curves, write_json
 from orchestrator.run_clock import RunClock
@@ -125,7 +124,7 @@ def _train(run_dir: Path, config: RunConfig, place: Place, report: Report, began
         load_checkpoint(state, newest)
     crops = MultiCrop(pretrain.crops, pretrain.seed)
     bad = BadSampleLog(run_dir, source.train, config.data)
-    clock = RunClock(run_dir if place.rank == 0 else None, num_devices(config), began)
+    clock = RunClock(run_dir if place.rank == 0 else None, config.cluster.num_devices, began)
     journal = Journal(run_dir) if place.rank == 0 else None
     stopper = None
     if record.stop_collapsed:

@@ -19,7 +19,6 @@ from orchestrator.estimate import (
     Amount,
     Rate,
     assumed_rate,
-    num_devices,
     run_seconds,
     share_that_runs,
     wall_seconds,
@@ -93,8 +92,8 @@ def test_a_step_takes_as_long_as_what_is_scarcest(
 
 
 def test_devices_are_gpus_or_cores() -> None:
-    assert num_devices(changed(cluster__num_workers=4, cluster__cpus_per_worker=3)) == 12
-    assert num_devices(changed(cluster__num_workers=4, cluster__cpus_per_worker=3, cluster__use_gpu=True)) == 4
+    assert changed(cluster__num_workers=4, cluster__cpus_per_worker=3).cluster.num_devices == 12
+    assert changed(cluster__num_workers=4, cluster__cpus_per_worker=3, cluster__use_gpu=True).cluster.num_devices == 4
 
 
 def test_runs_take_the_first_free_place() -> None:
