@@ -151,4 +151,4 @@ def test_the_comparison_is_printed_and_written(interrupted: Interrupted) -> None
     assert str(report) in log
     page = report.read_text()
     assert all(trial.name in page for trial in load_from_disk(interrupted.sweep))
-    assert "http-equiv" in page and "<script" not in page
+    assert 'http-equiv="Content-Security-Policy" content="default-src \'none\'' in page, "it asks nobody for anything"

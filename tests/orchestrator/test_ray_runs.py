@@ -76,6 +76,8 @@ def left_behind(ray_head: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, lis
     def look_and_disconnect() -> None:
         from ray.util.state import list_actors
 
+        if not ray.is_initialized():  # it was looked at before
+            return
         deadline = time.monotonic() + 100
         while True:
             groups = [group for group in placement_group_table().values() if group["state"] != "REMOVED"]
@@ -185,8 +187,7 @@ def test_stopped_and_failing_trials_do_not_end_the_sweep(tiny: RunConfig, capsys
     assert sorted(found.values()) == ["FAILED"] * 3 + ["FINISHED"] * 4, "two trials and their sweep; the other trials"
 
 
-@pytest.mark.parametrize("num_workers", [1, 2], ids=["in the trial's actor", "a TorchTrainer of two workers"])
-def test_a_trial_that_collapses_ends_itself(tiny: RunConfig, num_workers: int) -> None:
+def test_a_trial_of_two_workers_that_collapses_ends_itself(tiny: RunConfig) -> None:
     changes = {
         "pretrain.steps": 300,
         "pretrain.log_every_steps": 2,
@@ -194,7 +195,7 @@ def test_a_trial_that_collapses_ends_itself(tiny: RunConfig, num_workers: int) -
         "pretrain.checkpoint_every_steps": None,
         "pretrain.teacher.sharpening": "none",
         "pretrain.optim.freeze_last_layer_epochs": 0,
-        "cluster.num_workers": num_workers,
+        "cluster.num_workers": 2,
     }
     result = run_sweep.run_sweep(Sweep(name="collapsing", base=override(tiny, changes), stop_collapsed=True))
     assert result.ok
