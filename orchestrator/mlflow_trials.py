@@ -105,10 +105,10 @@ def _find_runs(client: MlflowClient, name: str, experiments: dict[str, str]) -> 
     """The runs that a name stands for, oldest first."""
     ids = [experiment for experiment, named in experiments.items() if named == name]
     if ids:
-        return list(_search_runs(client, ids))
+        return _search_runs(client, ids)
     quoted = name.replace("'", "")
     field = "run_id" if _RUN_ID.fullmatch(name) else "run_name"
-    found = list(_search_runs(client, list(experiments), f"attributes.{field} = '{quoted}'")) if experiments else []
+    found = _search_runs(client, list(experiments), f"attributes.{field} = '{quoted}'") if experiments else []
     if not found:
         raise CompareError(_unknown(name, experiments.values()))
     runs = []
@@ -132,14 +132,16 @@ def _unknown(name: str, experiments: Iterable[str]) -> str:
     return f"no experiment {name!r}; " + (f"there is {', '.join(map(repr, near))}" if near else "there is none yet")
 
 
-def _search_runs(client: MlflowClient, experiments: list[str], query: str = "") -> Iterator[Run]:
+def _search_runs(client: MlflowClient, experiments: list[str], query: str = "") -> list[Run]:
+    """By their start and, where several started in one millisecond, by their names."""
+    found: list[Run] = []
     token: str | None = None
     while True:
-        page = client.search_runs(experiments, query, order_by=["attributes.start_time ASC"], page_token=token)
-        yield from page
+        page = client.search_runs(experiments, query, page_token=token)
+        found += page
         token = page.token
         if not token:
-            return
+            return sorted(found, key=lambda run: (run.info.start_time, run.info.run_name or ""))
 
 
 def _read_curve(client: MlflowClient, run_id: str, metric: str) -> Curve:

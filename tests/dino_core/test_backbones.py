@@ -283,6 +283,8 @@ def test_a_module_that_gives_no_features_is_an_error(output, reason):
 
 def test_compiled_it_computes_the_same_under_the_same_names():
     torch.manual_seed(0)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()  # another test of this process may have compiled too
     backbone = build_backbone(ModelConfig(**TINY | {"depth": 1}), 16).eval()
     images = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
