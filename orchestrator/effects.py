@@ -129,10 +129,13 @@ def analyse(comparison: Comparison) -> Analysis:
 def _levels(key: str, rows: Sequence[Row]) -> list[str]:
     """The values of a key, numbers by size."""
     found = {row.params[key] for row in rows}
-    return sorted(found, key=lambda text: (number, "") if (number := _number(text)) is not None else (math.inf, text))
+    return sorted(
+        found, key=lambda text: (number, "") if (number := finite_number(text)) is not None else (math.inf, text)
+    )
 
 
-def _number(text: str) -> float | None:
+def finite_number(text: str) -> float | None:
+    """The number that a text spells; None for another text, and for what is not finite."""
     try:
         number = float(text)
     except ValueError:
@@ -367,7 +370,7 @@ def _axis(texts: Sequence[str]) -> tuple[Any, list[Any]]:
     """Optuna's distribution of a key and its values: numbers where all are, on a log scale where they span decades."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution
 
-    numbers = [number for text in texts if (number := _number(text)) is not None]
+    numbers = [number for text in texts if (number := finite_number(text)) is not None]
     if len(numbers) < len(texts):
         return CategoricalDistribution(tuple(sorted(set(texts)))), list(texts)
     low, high = min(numbers), max(numbers)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from orchestrator.compare import KNN_METRIC, Comparison, Row
+from orchestrator.effects import finite_number
 from orchestrator.regret import LABEL_FREE, regrets
 from orchestrator.report.charts import (
     Chart,
@@ -99,7 +100,7 @@ class Scale:
 
 def scale(title: str, texts: Sequence[str]) -> Scale:
     """The values of a key: numbers, on a log scale where they span decades, else categories, evenly spaced."""
-    numbers = [_number(text) for text in texts]
+    numbers = [finite_number(text) for text in texts]
     told = [number for number in numbers if number is not None]
     if len(told) < len(numbers):
         categories = sorted(set(texts))
@@ -129,14 +130,6 @@ def _ticks(places: Sequence[float], texts: Sequence[str]) -> dict[float, str]:
 def _from_0_to_1(values: Sequence[float]) -> list[float]:
     low, high = min(values), max(values)
     return [(value - low) / (high - low) if high > low else 0.5 for value in values]
-
-
-def _number(text: str) -> float | None:
-    try:
-        number = float(text)
-    except ValueError:
-        return None
-    return number if math.isfinite(number) else None
 
 
 def regret_charts(comparison: Comparison) -> list[Chart]:
