@@ -8,14 +8,22 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dino_core.eval.features import eval_transform as eval_transform
     from dino_core.eval.features import extract_features as extract_features
+    from dino_core.eval.knn import knn_accuracies as knn_accuracies
     from dino_core.eval.knn import knn_accuracy as knn_accuracy
     from dino_core.eval.layers import LayerOutput as LayerOutput
     from dino_core.eval.layers import intermediate_layers as intermediate_layers
+    from dino_core.eval.low_shot import choose_per_class as choose_per_class
+    from dino_core.eval.neighbours import faiss_neighbours as faiss_neighbours
+    from dino_core.eval.neighbours import nearest_neighbours as nearest_neighbours
     from dino_core.eval.rank import alpha_req as alpha_req
     from dino_core.eval.rank import lidar as lidar
     from dino_core.eval.rank import rankme as rankme
 
 _MODULES = {
+    "faiss_neighbours": "dino_core.eval.neighbours",
+    "nearest_neighbours": "dino_core.eval.neighbours",
+    "knn_accuracies": "dino_core.eval.knn",
+    "choose_per_class": "dino_core.eval.low_shot",
     "eval_transform": "dino_core.eval.features",
     "extract_features": "dino_core.eval.features",
     "knn_accuracy": "dino_core.eval.knn",
