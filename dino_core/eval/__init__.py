@@ -6,13 +6,25 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dino_core.eval.clustering import agreement as agreement
+    from dino_core.eval.clustering import class_means as class_means
+    from dino_core.eval.clustering import kmeans as kmeans
+    from dino_core.eval.clustering import plane as plane
     from dino_core.eval.features import eval_transform as eval_transform
     from dino_core.eval.features import extract_features as extract_features
     from dino_core.eval.knn import knn_accuracies as knn_accuracies
     from dino_core.eval.knn import knn_accuracy as knn_accuracy
     from dino_core.eval.layers import LayerOutput as LayerOutput
     from dino_core.eval.layers import intermediate_layers as intermediate_layers
+    from dino_core.eval.linear import LinearProbes as LinearProbes
+    from dino_core.eval.linear import Probe as Probe
+    from dino_core.eval.linear import best_probe as best_probe
+    from dino_core.eval.linear import pooled_tokens as pooled_tokens
+    from dino_core.eval.linear import probe_tokens as probe_tokens
+    from dino_core.eval.linear import shuffled_batches as shuffled_batches
+    from dino_core.eval.logistic import logistic_regression as logistic_regression
     from dino_core.eval.low_shot import choose_per_class as choose_per_class
+    from dino_core.eval.low_shot import hold_out as hold_out
     from dino_core.eval.neighbours import faiss_neighbours as faiss_neighbours
     from dino_core.eval.neighbours import nearest_neighbours as nearest_neighbours
     from dino_core.eval.rank import alpha_req as alpha_req
@@ -20,15 +32,27 @@ if TYPE_CHECKING:
     from dino_core.eval.rank import rankme as rankme
 
 _MODULES = {
-    "faiss_neighbours": "dino_core.eval.neighbours",
-    "nearest_neighbours": "dino_core.eval.neighbours",
-    "knn_accuracies": "dino_core.eval.knn",
-    "choose_per_class": "dino_core.eval.low_shot",
+    "agreement": "dino_core.eval.clustering",
+    "class_means": "dino_core.eval.clustering",
+    "kmeans": "dino_core.eval.clustering",
+    "plane": "dino_core.eval.clustering",
     "eval_transform": "dino_core.eval.features",
     "extract_features": "dino_core.eval.features",
+    "knn_accuracies": "dino_core.eval.knn",
     "knn_accuracy": "dino_core.eval.knn",
     "LayerOutput": "dino_core.eval.layers",
     "intermediate_layers": "dino_core.eval.layers",
+    "LinearProbes": "dino_core.eval.linear",
+    "Probe": "dino_core.eval.linear",
+    "best_probe": "dino_core.eval.linear",
+    "pooled_tokens": "dino_core.eval.linear",
+    "probe_tokens": "dino_core.eval.linear",
+    "shuffled_batches": "dino_core.eval.linear",
+    "logistic_regression": "dino_core.eval.logistic",
+    "choose_per_class": "dino_core.eval.low_shot",
+    "hold_out": "dino_core.eval.low_shot",
+    "faiss_neighbours": "dino_core.eval.neighbours",
+    "nearest_neighbours": "dino_core.eval.neighbours",
     "alpha_req": "dino_core.eval.rank",
     "lidar": "dino_core.eval.rank",
     "rankme": "dino_core.eval.rank",

@@ -41,3 +41,29 @@ def choose_per_class(labels: Tensor, *, num: int | None = None, share: float | N
         count = num if num is not None else max(1, int(len(members) * (share or 0) + 0.5))
         chosen.append(members[torch.from_numpy(order[:count])])
     return torch.cat(chosen).sort().values.to(labels.device)
+
+
+def hold_out(labels: Tensor, share: float, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Places of training images and of validation images, both ascending.
+
+    Of each class `share` is held out, rounded to the nearest (halves up), but never all of it; the choice is that of
+    `choose_per_class`.
+
+    Args:
+        labels: [n], integers >= 0.
+        share: > 0 and < 1.
+        seed: Of the choice, >= 0.
+
+    Raises:
+        ValueError: share out of range, or so small that nothing is held out.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"share = {share}: must be > 0 and < 1")
+    held = torch.zeros(len(labels), dtype=torch.bool)
+    for label in labels.unique().tolist():
+        members = (labels == label).nonzero()[:, 0].cpu()
+        order = np.random.default_rng([seed, label]).permutation(len(members))
+        held[members[torch.from_numpy(order[: min(len(members) - 1, int(len(members) * share + 0.5))])]] = True
+    if not held.any():
+        raise ValueError(f"share = {share}: holds out none of {len(labels)} images of {len(labels.unique())} classes")
+    return (~held).nonzero()[:, 0].to(labels.device), held.nonzero()[:, 0].to(labels.device)
