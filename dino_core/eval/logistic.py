@@ -85,23 +85,23 @@ def logistic_regression(
     num_classes = len(train_labels.unique())
     if num_classes < 2:
         raise ValueError(f"train_labels: hold {num_classes} class; must hold 2 or more")
-    rows, labels, queries, truth = (
+    rows, known, queries, truth = (
         tensor.cpu().numpy() for tensor in (train.float(), train_labels, test.float(), test_labels)
     )
     fit = partial(_fit, max_iterations=max_iterations, tolerance=tolerance)
     validation: dict[float, float] = {}
     if len(strengths) == 1:
-        model = fit(LogisticRegression(), rows, labels, strengths[0])
+        model = fit(LogisticRegression(), rows, known, strengths[0])
     else:
         fitted, held = (places.cpu().numpy() for places in hold_out(train_labels, validation_share, seed))
         path = LogisticRegression(warm_start=True)
         for strength in sorted(strengths):
-            fit(path, rows[fitted], labels[fitted], strength)
-            validation[strength] = 100 * path.score(rows[held], labels[held])
+            fit(path, rows[fitted], known[fitted], strength)
+            validation[strength] = 100 * path.score(rows[held], known[held])
             if validation[strength] > max([-1.0, *list(validation.values())[:-1]]):
                 model = copy.deepcopy(path)
         if refit:
-            model = fit(LogisticRegression(), rows, labels, model.C)
+            model = fit(LogisticRegression(), rows, known, model.C)
     converged = bool((model.n_iter_ < max_iterations).all())
     return LogisticResult(100 * model.score(queries, truth), float(model.C), validation, converged)
 
