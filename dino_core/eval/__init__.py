@@ -6,12 +6,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dino_core.eval.alignment import alignment as alignment
+    from dino_core.eval.alignment import uniformity as uniformity
     from dino_core.eval.features import eval_transform as eval_transform
     from dino_core.eval.features import extract_features as extract_features
     from dino_core.eval.knn import knn_accuracy as knn_accuracy
     from dino_core.eval.layers import LayerOutput as LayerOutput
     from dino_core.eval.layers import intermediate_layers as intermediate_layers
     from dino_core.eval.rank import alpha_req as alpha_req
+    from dino_core.eval.rank import effective_rank as effective_rank
     from dino_core.eval.rank import lidar as lidar
     from dino_core.eval.rank import rankme as rankme
 
@@ -22,6 +25,9 @@ _MODULES = {
     "LayerOutput": "dino_core.eval.layers",
     "intermediate_layers": "dino_core.eval.layers",
     "alpha_req": "dino_core.eval.rank",
+    "alignment": "dino_core.eval.alignment",
+    "uniformity": "dino_core.eval.alignment",
+    "effective_rank": "dino_core.eval.rank",
     "lidar": "dino_core.eval.rank",
     "rankme": "dino_core.eval.rank",
 }
