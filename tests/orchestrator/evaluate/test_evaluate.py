@@ -43,8 +43,9 @@ CONFIG = PretrainConfig(
     head=HeadConfig(num_prototypes=8, hidden_dim=8, bottleneck_dim=4),
     crops=CropsConfig(num_local_crops=0, global_size=16, mean=(0.5, 0.5, 0.5)),
 )
-SMALL = {"features.num_train": 150, "features.num_test": 60, "knn.k": "5,20"}
-OPTIONS = [f"{key}={value}" for key, value in SMALL.items()]
+SMALL = {"features.num_train": 150, "features.num_test": 60}
+KNN = {"knn.k": "5,20"}
+OPTIONS = [f"{key}={value}" for key, value in (SMALL | KNN).items()]
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +97,9 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 
 def run(suites: list[str] | str, target: str, **more: Any) -> Evaluation:
-    changes = SMALL | {key.replace("__", "."): value for key, value in more.items()}
-    return evaluate([suites] if isinstance(suites, str) else suites, target, changes, local=True)[-1]
+    suites = [suites] if isinstance(suites, str) else suites
+    given = {key.replace("__", "."): value for key, value in more.items()}
+    return evaluate(suites, target, SMALL | (KNN if "knn" in suites else {}) | given, local=True)[-1]
 
 
 def expected_knn(backbone: torch.nn.Module, k: int) -> float:
@@ -355,7 +357,7 @@ UNLABELLED = "unlabelled"
         (["knn", "pixels"], "data.source: must be given; pixels is no run"),
         (["knn", RUN, "features.image_size=20"], "features.image_size = 20: vit_tiny_patch16_224 does not take it"),
         (["knn", RUN, f"data.source={UNLABELLED}"], "has no split test (data.test_split); knn needs labelled"),
-        (["knn", RUN, f"data.source={UNLABELLED}", "data.test_split=tests"], "data.test_split = tests: no such"),
+        (["knn", RUN, "data.source=digits", "data.test_split=tests"], "data.test_split = tests: no such split"),
         (["knn", RUN, "cluster.launcher=train", "--local"], "cluster.launcher = train: must be local with --local"),
         (["knn", RUN, "cluster.launcher=trial"], "cluster.launcher = trial: is for the trials of a sweep"),
         (["knn", RUN, "cluster.use_gpu=true", "--local"], "cluster.use_gpu = True: this machine has no GPU"),
