@@ -6,6 +6,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dino_core.eval.alignment import alignment as alignment
+    from dino_core.eval.alignment import uniformity as uniformity
     from dino_core.eval.clustering import agreement as agreement
     from dino_core.eval.clustering import class_means as class_means
     from dino_core.eval.clustering import kmeans as kmeans
@@ -28,10 +30,13 @@ if TYPE_CHECKING:
     from dino_core.eval.neighbours import faiss_neighbours as faiss_neighbours
     from dino_core.eval.neighbours import nearest_neighbours as nearest_neighbours
     from dino_core.eval.rank import alpha_req as alpha_req
+    from dino_core.eval.rank import effective_rank as effective_rank
     from dino_core.eval.rank import lidar as lidar
     from dino_core.eval.rank import rankme as rankme
 
 _MODULES = {
+    "alignment": "dino_core.eval.alignment",
+    "uniformity": "dino_core.eval.alignment",
     "agreement": "dino_core.eval.clustering",
     "class_means": "dino_core.eval.clustering",
     "kmeans": "dino_core.eval.clustering",
@@ -54,6 +59,7 @@ _MODULES = {
     "faiss_neighbours": "dino_core.eval.neighbours",
     "nearest_neighbours": "dino_core.eval.neighbours",
     "alpha_req": "dino_core.eval.rank",
+    "effective_rank": "dino_core.eval.rank",
     "lidar": "dino_core.eval.rank",
     "rankme": "dino_core.eval.rank",
 }

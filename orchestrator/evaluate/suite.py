@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 SUITES = {
     "knn": "k-NN classification of test images among the training images",
+    "label_free": "scores that need no label: RankMe, LiDAR, alpha-ReQ, effective rank, uniformity, alignment",
 }
 """Every suite by name, with a line for people."""
 
