@@ -17,9 +17,6 @@ from torch import Tensor, nn
 
 from dino_core.eval.layers import intermediate_layers
 
-GRID_LRS = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
-"""Learning rates of DINOv2's grid, for 256 images per step."""
-
 Batches = Callable[[int], Iterable[tuple[Tensor, Tensor]]]
 """From an epoch to its batches: tokens [B, S, D] and labels [B]; of each epoch as many."""
 

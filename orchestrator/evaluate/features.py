@@ -156,8 +156,11 @@ class Extractor:
         self._cache, self._progress = cache, progress
         self._in_memory: dict[str, Features] = {}
 
-    def extract(self, images: Images, view: View) -> Features:
+    def extract(self, images: Images, view: View, *, keep: bool = True) -> Features:
         """Features of images, from memory or disk where they were taken before.
+
+        Args:
+            keep: For the next time.
 
         Raises:
             RunFailed: No image can be read, features are not finite, or as `Compute.parts`.
@@ -177,14 +180,14 @@ class Extractor:
             if len(some):
                 if rows is None:
                     rows = torch.empty(len(images), *some.shape[1:])
-                    is_kept = self._cache is not None and self._cache.make_room(key, rows.nbytes)
+                    is_kept = keep and self._cache is not None and self._cache.make_room(key, rows.nbytes)
                 rows[num_rows : num_rows + len(some)] = some
                 num_rows += len(some)
             if is_new and is_kept and self._cache is not None:
                 self._cache.write(key, share.start, (some, bad))
             self._progress(images.name, share.stop, len(images))
         found = self._checked(images, torch.zeros(0) if rows is None else rows[:num_rows], reasons)
-        if not is_kept:
+        if keep and not is_kept:
             self._in_memory[key] = found
         return found
 

@@ -108,13 +108,16 @@ class Job:
         image = self.target.image
         return CentreCrop(image.size, image.crop_fraction, image.mean, image.std)
 
-    def features(self, images: Images, view: View | None = None) -> Features:
+    def features(self, images: Images, view: View | None = None, *, keep: bool = True) -> Features:
         """Features of images, computed once for each view; by default pooled ones of the centre crop.
+
+        Args:
+            keep: For the next time, in memory or on disk.
 
         Raises:
             RunFailed: No image can be read, or features are not finite.
         """
-        found = self._extractor.extract(images, view or self.centre_crop())
+        found = self._extractor.extract(images, view or self.centre_crop(), keep=keep)
         for sample, reason in found.left_out.items():
             self.leave_out(images, sample, reason)
         return found

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 SUITES = {
     "knn": "k-NN classification of test images among the training images",
+    "linear": "linear classifiers by SGD on class tokens and patches, a grid of them in one pass",
+    "logistic": "logistic regression, for small sets",
+    "clustering": "k-means against the classes, and maps of features and class means",
     "label_free": "scores that need no label: RankMe, LiDAR, alpha-ReQ, effective rank, uniformity, alignment",
 }
 """Every suite by name, with a line for people."""
