@@ -60,14 +60,14 @@ def _merge(
     num = min(k, places.shape[1] + len(rows))
     merged = similarities.new_empty(len(queries), num), places.new_empty(len(queries), num)
     chunk = _even(len(queries), _QUERIES)
-    tile = min(_TILE, _round_up(len(rows)))
-    table = rows.new_empty(-(-len(rows) // tile), chunk * tile)
+    tile = _round_up(_even(len(rows), _TILE))
+    num_tiles = -(-len(rows) // tile)
+    room = rows.new_empty(num_tiles * chunk * tile)
     for at in range(0, len(queries), chunk):
         part = slice(at, at + chunk)
         num_queries = len(queries[part])
-        found, where = _search(
-            rows, queries[part], min(k, len(rows)), table[:, : num_queries * tile].unflatten(1, (num_queries, tile))
-        )
+        table = room[: num_tiles * num_queries * tile].view(num_tiles, num_queries, tile)
+        found, where = _search(rows, queries[part], min(k, len(rows)), table)
         where += start
         if places.shape[1]:  # of equal similarities, those found before come first
             found, order = torch.cat([similarities[part], found], dim=1).sort(dim=1, descending=True, stable=True)
@@ -98,7 +98,7 @@ def _search(rows: Tensor, queries: Tensor, k: int, table: Tensor) -> tuple[Tenso
         per_tile = tile // _GROUP
         query = torch.arange(len(queries), device=rows.device)[:, None]
         line = (groups // per_tile * len(queries) + query) * per_tile + groups % per_tile
-        values = table.reshape(-1, _GROUP).index_select(0, line.flatten()).view(len(queries), -1)  # [c, k * group]
+        values = table.view(-1, _GROUP).index_select(0, line.flatten()).view(len(queries), -1)  # [c, k * group]
         inside = _largest(values, k)
         places = groups.gather(1, inside // _GROUP) * _GROUP + inside % _GROUP
     else:
