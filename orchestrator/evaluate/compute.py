@@ -89,7 +89,7 @@ class _OnRay:
             connect(self._config, dashboard=False)
             self._has_connected = True
         import ray
-        from ray.exceptions import RayError
+        from ray.exceptions import RayError, RayTaskError
 
         capacity = Capacity.of_connected_cluster()
         cluster = self._config.cluster
@@ -107,8 +107,10 @@ class _OnRay:
                     return
                 rows, bad = ray.get(waiting.popleft())
                 yield torch.tensor(rows), bad
-        except StorageError as error:  # a task's own error comes as one of both classes
-            raise RunFailed(first_line(error)) from error
+        except RayTaskError as error:
+            if isinstance(error.cause, StorageError):
+                raise RunFailed(str(error.cause)) from error
+            raise
         except RayError as error:
             raise RunFailed(f"Ray could not take features: {first_line(error)}") from error
         finally:
