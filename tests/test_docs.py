@@ -44,13 +44,14 @@ _ELSEWHERE = re.compile(r"\s*\(([^()|]+) \| ([^()|]+)\)(?=\.?$)")
 
 
 def field_docs(part: type) -> dict[str, str]:
-    """The string below each field of a class, on one line."""
-    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(part))).body
-    assert isinstance(definition, ast.ClassDef)
+    """The string below each field of a class and of those that it extends, on one line."""
     docs = {}
-    for field, text in zip(definition.body, definition.body[1:], strict=False):
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(text, ast.Expr):
-            docs[field.target.id] = " ".join(ast.literal_eval(text.value).split())
+    for kind in filter(dataclasses.is_dataclass, reversed(part.__mro__)):
+        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
+        assert isinstance(definition, ast.ClassDef)
+        for field, text in zip(definition.body, definition.body[1:], strict=False):
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(text, ast.Expr):
+                docs[field.target.id] = " ".join(ast.literal_eval(text.value).split())
     return docs
 
 
