@@ -6,7 +6,10 @@ Axes: n gallery features, m queries, D features, k neighbours.
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -14,9 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_SIMILARITIES = 2**27
+"""Those that are kept at once, of all threads together: 512 MiB of fp32."""
 _QUERIES = 1024
 _GALLERY = 2**16
-"""Rows of one chunk of each, at most: 2**26 similarities, 256 MiB of fp32."""
+"""Rows of one chunk of each, at most."""
 _TILE = 4096
 """Gallery rows of one matrix product. Its result is still in a CPU's cache when the maxima of groups are taken."""
 _GROUP = 16
@@ -28,7 +33,8 @@ def nearest_neighbours(gallery: Tensor, queries: Tensor, k: int) -> tuple[Tensor
     """The `k` gallery features that are most similar to each query, by cosine similarity in fp32.
 
     Above the features it needs normalised copies of the queries and of 65,536 gallery features, 12 bytes for each of
-    the m * k results, and about 400 MB for similarities, whatever the sizes; more where k is in the thousands.
+    the m * k results, and at most 600 MB for similarities, whatever the sizes; more where k is in the thousands. On a
+    CPU each thread takes queries of its own: while it works, `torch.get_num_threads()` is 1 for the whole process.
 
     Args:
         gallery: [n, D], of any floating-point type; normalised here.
@@ -59,21 +65,45 @@ def _merge(
     """The best [m, <= k] of what was found before and of gallery features [r, D], which begin at place `start`."""
     num = min(k, places.shape[1] + len(rows))
     merged = similarities.new_empty(len(queries), num), places.new_empty(len(queries), num)
-    chunk = _even(len(queries), _QUERIES)
     tile = _round_up(_even(len(rows), _TILE))
     num_tiles = -(-len(rows) // tile)
-    room = rows.new_empty(num_tiles * chunk * tile)
-    for at in range(0, len(queries), chunk):
+    num_threads = torch.get_num_threads() if rows.device.type == "cpu" else 1
+    limit = max(1, min(_QUERIES, _SIMILARITIES // (num_threads * num_tiles * tile), -(-len(queries) // num_threads)))
+    chunk = _even(len(queries), limit)
+    rooms: SimpleQueue[Tensor] = SimpleQueue()
+    for _ in range(num_threads):
+        rooms.put(rows.new_empty(num_tiles * chunk * tile))
+
+    def search(at: int) -> None:
         part = slice(at, at + chunk)
         num_queries = len(queries[part])
+        room = rooms.get()
         table = room[: num_tiles * num_queries * tile].view(num_tiles, num_queries, tile)
-        found, where = _search(rows, queries[part], min(k, len(rows)), table)
+        try:
+            found, where = _search(rows, queries[part], min(k, len(rows)), table)
+        finally:
+            rooms.put(room)
         where += start
         if places.shape[1]:  # of equal similarities, those found before come first
             found, order = torch.cat([similarities[part], found], dim=1).sort(dim=1, descending=True, stable=True)
             where = torch.cat([places[part], where], dim=1).gather(1, order)
         merged[0][part], merged[1][part] = found[:, :num], where[:, :num]
+
+    with _single_threads(rows.device), ThreadPoolExecutor(num_threads) as pool:
+        list(pool.map(search, range(0, len(queries), chunk)))
     return merged
+
+
+@contextmanager
+def _single_threads(device: torch.device) -> Iterator[None]:
+    """On a CPU torch's operations have one thread each: several that need not wait for one another are faster."""
+    num_threads = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 def _search(rows: Tensor, queries: Tensor, k: int, table: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,15 +155,8 @@ def _kth_largest(values: Tensor, k: int) -> Tensor:
     """[c, n] -> [c]."""
     if values.device.type != "cpu":
         return values.topk(k, dim=1).values[:, -1]
-    # NumPy's partition takes a fifth of the time of torch's topk, and one thread.
-    place = values.shape[1] - k
-
-    def select(part: Tensor) -> Tensor:
-        return torch.from_numpy(np.partition(part.numpy(), place, axis=1)[:, place].copy())
-
-    num_threads = torch.get_num_threads()
-    with ThreadPoolExecutor(num_threads) as pool:
-        return torch.cat(list(pool.map(select, values.chunk(num_threads))))
+    place = values.shape[1] - k  # NumPy's partition takes a fifth of the time of torch's topk
+    return torch.from_numpy(np.partition(values.numpy(), place, axis=1)[:, place].copy())
 
 
 def _even(num: int, limit: int) -> int:
