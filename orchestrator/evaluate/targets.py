@@ -148,7 +148,7 @@ def _load(checkpoint: Path, settings: FeaturesConfig) -> Backbone:
 
 def _crops(loaded: Backbone) -> CropsConfig:
     """The augmentation of a checkpoint's run; lists of JSON are tuples here."""
-    values = loaded.config["crops"]
+    values: dict[str, Any] = loaded.config["crops"]
     return CropsConfig(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
@@ -207,7 +207,7 @@ def _pretrained(name: str, settings: FeaturesConfig, storage: str) -> Target:
         model = timm.create_model(name, pretrained=True, num_classes=0, **arguments)
     except Exception as error:  # the hub's client raises what its HTTP library does, and timm what is in the file
         raise ConfigError(f"{name}: timm cannot load its weights: {_first_line(error)}") from error
-    known: Mapping[str, Any] = model.pretrained_cfg
+    known: Any = model.pretrained_cfg
     return _finished(name, "timm", str(known.get("architecture", name)), model, _preprocessing(known), settings)
 
 
