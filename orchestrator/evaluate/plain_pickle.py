@@ -43,7 +43,7 @@ def read_plain_pickle(data: bytes) -> Any:
         for instruction, argument, _ in pickletools.genops(data):
             name = instruction.name
             if name == "STOP":
-                (value,) = stack
+                (value,) = _take(stack, 1)
                 return value
             if name in _PUT:
                 memo[len(memo) if name == "MEMOIZE" else int(argument)] = stack[-1]
@@ -69,20 +69,18 @@ def _combine(name: str, argument: Any, stack: list[Any]) -> None:
     if name in ("EMPTY_LIST", "EMPTY_DICT", "EMPTY_TUPLE"):
         stack.append({"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_TUPLE": tuple}[name]())
     elif name in _TUPLES:
-        num = _TUPLES[name]
-        stack[-num:] = [tuple(stack[-num:])]
+        stack.append(tuple(_take(stack, _TUPLES[name])))
     elif name in ("LIST", "TUPLE", "DICT"):
         items = _since_mark(stack)
         stack.append({"LIST": list, "TUPLE": tuple, "DICT": _pairs}[name](items))
     elif name == "APPEND":
-        item = stack.pop()
+        (item,) = _take(stack, 1)
         stack[-1].append(item)
     elif name == "APPENDS":
         items = _since_mark(stack)
         stack[-1].extend(items)
     elif name == "SETITEM":
-        key, value = stack[-2:]
-        del stack[-2:]
+        key, value = _take(stack, 2)
         stack[-1][key] = value
     elif name == "SETITEMS":
         items = _since_mark(stack)
@@ -90,6 +88,14 @@ def _combine(name: str, argument: Any, stack: list[Any]) -> None:
     else:
         what = f" {argument}" if isinstance(argument, str) else ""
         raise NotPlain(f"holds more than numbers, texts, lists, tuples and dicts ({name}{what})")
+
+
+def _take(stack: list[Any], num: int) -> list[Any]:
+    items = stack[-num:]
+    if len(items) < num or _MARK in items:
+        raise ValueError("too few values")
+    del stack[-num:]
+    return items
 
 
 def _since_mark(stack: list[Any]) -> list[Any]:
