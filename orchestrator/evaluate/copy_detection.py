@@ -111,9 +111,11 @@ class CopyDetection:
         scores = copy_detection_scores(asked, rows, positives, attacks, rules)
         notes = [f"{len(rows)} images are searched, {len(kept)} queries asked"]
         if scores.overall.num_without_positives:
-            notes.append(f"{scores.overall.num_without_positives} queries are no copies: they count in micro_ap alone")
+            notes.append(
+                f"queries that are no copies, which count in micro_ap alone: {scores.overall.num_without_positives}"
+            )
         if layout.num_unused:
-            notes.append(f"groundtruth.csv does not name {layout.num_unused} images beside the database")
+            notes.append(f"images beside the database that groundtruth.csv does not name: {layout.num_unused}")
         return SuiteResult(metrics=_metrics(scores), tables={"per_attack": _table(scores)}, notes=tuple(notes))
 
 

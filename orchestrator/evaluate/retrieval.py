@@ -195,4 +195,4 @@ def _metrics(scores: RetrievalScores, suffix: str) -> dict[str, float]:
 def _left_out(scores: RetrievalScores, before: str) -> tuple[str, ...]:
     num = scores.num_without_positives
     total = len(scores.average_precisions)
-    return (f"{before}{num} of {total} queries have no positive image and are left out",) if num else ()
+    return (f"{before}queries without a positive image, left out: {num} of {total}",) if num else ()

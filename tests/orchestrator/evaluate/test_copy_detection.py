@@ -116,7 +116,7 @@ def test_pixels_give_what_they_give_by_hand(copies: Path, tmp_path: Path) -> Non
     assert table["same"]["first"] == 100
     assert found.notes == (
         "10 images are searched, 13 queries asked",
-        "1 queries are no copies: they count in micro_ap alone",
+        "queries that are no copies, which count in micro_ap alone: 1",
     )
 
 
@@ -173,7 +173,7 @@ def test_an_image_that_cannot_be_read_is_left_out(copies: Path, tmp_path: Path) 
     assert found.metrics["map"] == 100  # of the last, which alone has both
     assert found.tables["per_attack"][0]["queries"] == 1
     assert found.notes[0] == "2 images are searched, 2 queries asked"
-    assert "does not name 1 images" in found.notes[-1]
+    assert found.notes[-1] == "images beside the database that groundtruth.csv does not name: 1"
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
