@@ -65,17 +65,19 @@ class CopyDetection:
 
     def check(self, job: Job, options: CopyDetectionOptions) -> None:
         from orchestrator.evaluate.copy_layout import read_copy_layout
+        from orchestrator.evaluate.image_files import open_other_source
         from orchestrator.evaluate.views_retrieval import check_view
 
         layout = read_copy_layout("copy_detection.source", options.source)
-        for key in ("whitening", "distractors"):
-            if getattr(options, key) not in (None, DATABASE if key == "whitening" else None):
-                images = _extra_images(job, options, key)
-                if key == "whitening" and len(images) < 2:
-                    raise ConfigError(f"copy_detection.whitening = {options.whitening}: must have two images or more")
-        if options.whitening == DATABASE and len(layout.database) < 2:
-            raise ConfigError("copy_detection.whitening = database: must have two images or more")
-        if options.whitening is None and options.whitening_dim is not None:
+        if options.distractors is not None:
+            open_other_source(job, "copy_detection.distractors", options.distractors)
+        if options.whitening is not None:
+            num = len(layout.database)
+            if options.whitening != DATABASE:
+                num = len(open_other_source(job, "copy_detection.whitening", options.whitening).train)
+            if num < 2:
+                raise ConfigError(f"copy_detection.whitening = {options.whitening}: must have two images or more")
+        elif options.whitening_dim is not None:
             raise ConfigError("copy_detection.whitening_dim: must be none without copy_detection.whitening")
         view = _view(job, options)
         key = "copy_detection.image_size" if options.image_size else "features.image_size"
@@ -132,10 +134,10 @@ def _view(job: Job, options: CopyDetectionOptions) -> CopyView:
 
 
 def _extra_images(job: Job, options: CopyDetectionOptions, key: str) -> Images:
-    from orchestrator.evaluate.image_files import images_of_source
+    from orchestrator.evaluate.image_files import images_of_source, open_other_source
 
-    source, limit = getattr(options, key), getattr(options, f"num_{key}")
-    return images_of_source(job, f"copy_detection.{key}", source, limit, key)
+    source = open_other_source(job, f"copy_detection.{key}", getattr(options, key))
+    return images_of_source(job, source, getattr(options, f"num_{key}"), key)
 
 
 def _whitening(job: Job, options: CopyDetectionOptions, view: CopyView, database: Features) -> Whitening:

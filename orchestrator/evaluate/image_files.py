@@ -11,8 +11,9 @@ import numpy as np
 from dino_core.config import ConfigError
 from orchestrator.data.loaders import Decoder
 from orchestrator.data.readers.folder import IMAGE_SUFFIXES, Files
-from orchestrator.data.split import DIGEST_LENGTH, Split
-from orchestrator.data.storage import Place, find, is_url
+from orchestrator.data.sources import open_source
+from orchestrator.data.split import DIGEST_LENGTH, Source, build_source
+from orchestrator.data.storage import Place, find
 from orchestrator.overrides import did_you_mean
 
 if TYPE_CHECKING:
@@ -71,30 +72,33 @@ def images_of_files(job: Job, place: Place, names: Sequence[str], what: str) -> 
     from orchestrator.evaluate.features import Images
 
     files = Files(place.folder, names)
-    split = Split(files, None, 16 if is_url(place.address) else 1)
     digest = files.fingerprint().hex()[:DIGEST_LENGTH]
+    split = build_source("files", place.address, [(files, None), None], lambda: digest).train
     return Images(split, np.arange(len(names)), digest, Decoder(job.config.data.max_pixels), what)
 
 
-def images_of_source(job: Job, key: str, source: str, limit: int, what: str) -> Images:
-    """The training images of a source, as `data.source` names them; of many a fixed choice of `limit`.
+def open_other_source(job: Job, key: str, source: str) -> Source:
+    """Images that a suite takes beside its own, named as by `data.source`.
 
     Raises:
         ConfigError: It cannot be opened; names `key`.
     """
-    from orchestrator.data.sources import open_source
-    from orchestrator.evaluate.features import Images
-    from orchestrator.evaluation import fixed_choice
-
     data = job.config.data
     defaults = type(data)()
     same: dict[str, Any] = {"max_pixels": data.max_pixels, "download": data.download}
     try:
-        found = open_source(replace(defaults, source=source, **same))
+        return open_source(replace(defaults, source=source, **same))
     except ConfigError as error:
         raise ConfigError(str(error).replace("data.source", key)) from error
-    ids = fixed_choice(len(found.train), limit)
-    return Images(found.train, ids, f"{found.digest()} train", Decoder(data.max_pixels), what)
+
+
+def images_of_source(job: Job, source: Source, limit: int, what: str) -> Images:
+    """Its training images, of many a fixed choice of `limit`; `what` they are, for messages."""
+    from orchestrator.evaluate.features import Images
+    from orchestrator.evaluation import fixed_choice
+
+    ids = fixed_choice(len(source.train), limit)
+    return Images(source.train, ids, f"{source.digest()} train", Decoder(job.config.data.max_pixels), what)
 
 
 def _missing(files: Iterable[str], marks: Sequence[str]) -> list[str]:

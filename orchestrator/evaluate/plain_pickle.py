@@ -8,6 +8,7 @@ followed that put together numbers, texts, lists, tuples and dicts.
 from __future__ import annotations
 
 import pickletools
+from collections.abc import Callable
 from typing import Any
 
 
@@ -27,6 +28,7 @@ _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _PUT = frozenset(("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"))
 _GET = frozenset(("GET", "BINGET", "LONG_BINGET"))
 _IGNORED = frozenset(("PROTO", "FRAME"))
+_EMPTY: dict[str, Callable[[], Any]] = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_TUPLE": tuple}
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _MARK = object()
 
@@ -40,6 +42,7 @@ def read_plain_pickle(data: bytes) -> Any:
     stack: list[Any] = []
     memo: dict[int, Any] = {}
     try:
+        argument: Any
         for instruction, argument, _ in pickletools.genops(data):
             name = instruction.name
             if name == "STOP":
@@ -66,13 +69,13 @@ def read_plain_pickle(data: bytes) -> Any:
 
 def _combine(name: str, argument: Any, stack: list[Any]) -> None:
     """Follow an instruction that makes or fills a container."""
-    if name in ("EMPTY_LIST", "EMPTY_DICT", "EMPTY_TUPLE"):
-        stack.append({"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_TUPLE": tuple}[name]())
+    if name in _EMPTY:
+        stack.append(_EMPTY[name]())
     elif name in _TUPLES:
         stack.append(tuple(_take(stack, _TUPLES[name])))
     elif name in ("LIST", "TUPLE", "DICT"):
         items = _since_mark(stack)
-        stack.append({"LIST": list, "TUPLE": tuple, "DICT": _pairs}[name](items))
+        stack.append(items if name == "LIST" else tuple(items) if name == "TUPLE" else _pairs(items))
     elif name == "APPEND":
         (item,) = _take(stack, 1)
         stack[-1].append(item)
