@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -325,14 +326,17 @@ def _ranked(similarity: Tensor, positive: Tensor, junk: Tensor, rules: RankingRu
     """Average precision [c] and precision at each k [c, len(ks)] of c queries, float64 on the CPU, NaN for those
     without positives.
 
-    One sort gives ranks and relevance: the keys hold the similarity's bits in the order of its values, then a bit that
-    puts negatives before positives; junk has a key below all others.
+    One sort gives ranks and relevance: the keys hold the similarity's bits in the order of falling values, then a bit
+    that puts negatives before positives; junk has a key above all others.
     """
     bits = (similarity + 0.0).view(torch.int32)  # -0 becomes 0
     ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    keys = (2 * ordered.long() + (~positive).long()).masked_fill_(junk, 1 - 2**40)
-    keys = keys.sort(dim=1, descending=True).values
-    rows, ranks = (column.cpu() for column in (keys & 1 == 0).nonzero(as_tuple=True))  # by row, then by rank
+    keys = (positive.long() - 2 * ordered.long()).masked_fill_(junk, 2**40)
+    if keys.device.type == "cpu":  # NumPy's sort takes a fifth of the time of torch's, which also makes indices
+        keys = torch.from_numpy(np.sort(keys.numpy(), axis=1))
+    else:
+        keys = keys.sort(dim=1).values
+    rows, ranks = (column.cpu() for column in (keys & 1 == 1).nonzero(as_tuple=True))  # by row, then by rank
     num = len(similarity)
     counts = torch.bincount(rows, minlength=num)  # [c]
     order = torch.arange(len(rows)) - (counts.cumsum(0) - counts)[rows]
