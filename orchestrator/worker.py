@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Generator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, TypeVar
 from dino_core.config import ConfigError
 from orchestrator.config import Launcher, RunConfig
 from orchestrator.errors import RunFailed
+from orchestrator.lean_imports import without_compiler
 from orchestrator.overrides import override
 from orchestrator.records import CHECKPOINTS_DIR, RUN_FILE, Journal, RunRecord, read_curves, write_json
-from orchestrator.run_clock import RunClock
+from orchestrator.run_clock import EvaluationBudget, RunClock
 from orchestrator.stoppers import STOPPED_FILE, Collapsed, CollapseStopper, first_judged_step, stop_of
 from orchestrator.system_metrics import recorded_machine
 
@@ -71,12 +72,6 @@ def run_worker(run_dir: Path, place: Place, report: Report) -> None:
         Exception: With several workers, any failure: the others may wait for this one, and the launcher must end them.
     """
     began = time.perf_counter()
-    import torch
-
-    from dino_core.checkpoint import CheckpointError
-    from dino_core.train import NonFiniteLossError
-    from orchestrator.data.stream import TooManyBadSamples
-
     if not (run_dir / RUN_FILE).exists():
         raise FileNotFoundError(
             f"{run_dir}: not visible on this machine; cluster.storage must be a folder that all machines share"
@@ -84,6 +79,13 @@ def run_worker(run_dir: Path, place: Place, report: Report) -> None:
     if read_failure(run_dir) is not None or (run_dir / STOPPED_FILE).exists():
         return
     config = override(RunConfig(), RunRecord.read(run_dir).config)
+    import torch
+
+    with nullcontext() if config.pretrain.model.compile else without_compiler():
+        from dino_core.checkpoint import CheckpointError
+        from dino_core.train import NonFiniteLossError
+        from orchestrator.data.stream import TooManyBadSamples
+
     torch.set_num_threads(config.cluster.cpus_per_worker)
     try:
         with recorded_machine(run_dir, place):
@@ -160,7 +162,7 @@ def _train(run_dir: Path, config: RunConfig, place: Place, report: Report, began
                 pictures = Pictures(config, source, loader, run_dir) if place.rank == 0 else None
                 evaluate = _with_pictures(evaluate, pictures)
             if evaluate is not None:
-                evaluate = _timed(evaluate, clock)
+                evaluate = _timed(evaluate, clock, place)
             clock.started()
             train(state, finished, on_log=on_log, on_checkpoint=on_checkpoint, evaluate=evaluate)
             if evaluate is None:  # else the last evaluation told that the run is complete
@@ -173,11 +175,19 @@ def _train(run_dir: Path, config: RunConfig, place: Place, report: Report, began
             journal.close()
 
 
-def _timed(evaluate: Evaluate, clock: RunClock) -> Evaluate:
-    """An evaluation that also says where the time of the run went, its own included."""
+def _timed(evaluate: Evaluate, clock: RunClock, place: Place) -> Evaluate:
+    """An evaluation that also says where the time of the run went, its own included; left out where it would take more
+    of it than `pretrain.eval.max_share`."""
+    budget: EvaluationBudget | None = None
 
     def timed(state: TrainState) -> dict[str, float]:
-        with clock.during("evaluation"):
+        nonlocal budget
+        max_share = state.config.eval.max_share
+        budget = budget or EvaluationBudget(max_share)
+        is_between = 0 < state.step < state.schedules.total_steps
+        if is_between and max_share is not None and not _same_on_all_ranks(budget.allows(), place):
+            return {"time/evaluations_left_out": budget.num_left_out}
+        with clock.during("evaluation"), budget.another() if is_between else budget.first():
             metrics = evaluate(state)
         return metrics | clock.parts()
 
