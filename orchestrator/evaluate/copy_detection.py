@@ -82,7 +82,11 @@ class CopyDetection:
         view = _view(job, options)
         key = "copy_detection.image_size" if options.image_size else "features.image_size"
         advice = "; copy_detection.descriptor=pooled takes its pooled features" if view.gem_power is not None else ""
-        check_view(job.target, view, f"{key} = {view.size}", advice)
+        width = check_view(job.target, view, f"{key} = {view.size}", advice)
+        if options.whitening_dim is not None and options.whitening_dim > width:
+            raise ConfigError(
+                f"copy_detection.whitening_dim = {options.whitening_dim}: must be <= {width}, the width of the descriptor"
+            )
 
     def run(self, job: Job, options: CopyDetectionOptions, folder: Path) -> SuiteResult:
         import torch
@@ -149,7 +153,7 @@ def _whitening(job: Job, options: CopyDetectionOptions, view: CopyView, database
         found = job.features(_extra_images(job, options, "whitening"), view)
     try:
         return learn_whitening(found.rows, options.whitening_covariance, options.whitening_dim)
-    except ValueError as error:  # features that are all the same, or fewer than whitening_dim
+    except ValueError as error:  # features that are all the same, or of one image that can be read
         raise RunFailed(f"copy_detection.whitening = {options.whitening}: {error}") from error
 
 

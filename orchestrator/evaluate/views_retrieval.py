@@ -96,13 +96,18 @@ def retrieval_view(
     )
 
 
-def check_view(target: Target, view: RetrievalView | CopyView, key: str, advice: str = "") -> None:
-    """Make features of one grey image of 4 to 3; raise ConfigError, naming `key`, if the backbone does not take it."""
+def check_view(target: Target, view: RetrievalView | CopyView, key: str, advice: str = "") -> int:
+    """The width of the features, made of one grey image of 4 to 3.
+
+    Raises:
+        ConfigError: The backbone does not take it; names `key`.
+    """
     parameter = next(target.backbone.parameters(), None)
     try:
         with torch.no_grad(), evaluating(target.backbone):
             batch = view.make(np.full((max(1, view.size * 3 // 4), view.size, 3), 128, np.uint8), 0)[None]
-            view.features(target.backbone, batch if parameter is None else batch.to(parameter.device))
+            features = view.features(target.backbone, batch if parameter is None else batch.to(parameter.device))
+            return features.shape[1]
     except _REFUSALS as error:  # BadImage is one
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ConfigError(f"{key}: {target.architecture} does not take it: {reason}{advice}") from error

@@ -228,6 +228,11 @@ def test_folders_of_another_layout(copies: Path) -> None:
     [
         (VIT, {"image_size": 40}, "copy_detection.image_size = 40: test_vit does not take it"),
         (VIT, {"whitening_dim": 3}, "whitening_dim: must be none without copy_detection.whitening"),
+        (
+            VIT,
+            {"whitening": "database", "whitening_dim": 129},
+            "whitening_dim = 129: must be <= 128, the width of the descriptor",
+        ),
         (VIT, {"whitening": "nowhere"}, "copy_detection.whitening = nowhere: no such file or folder"),
         (VIT, {"distractors": "nowhere"}, "copy_detection.distractors = nowhere: no such file or folder"),
         (VIT, {"descriptor": "gem"}, "copy_detection.descriptor = gem"),
