@@ -332,10 +332,8 @@ def _ranked(similarity: Tensor, positive: Tensor, junk: Tensor, rules: RankingRu
     bits = (similarity + 0.0).view(torch.int32)  # -0 becomes 0
     ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     keys = (positive.long() - 2 * ordered.long()).masked_fill_(junk, 2**40)
-    if keys.device.type == "cpu":  # NumPy's sort takes a fifth of the time of torch's, which also makes indices
-        keys = torch.from_numpy(np.sort(keys.numpy(), axis=1))
-    else:
-        keys = keys.sort(dim=1).values
+    # On the CPU, NumPy's sort takes a fifth of the time of torch's, which makes indices too.
+    keys = torch.from_numpy(np.sort(keys.numpy(), axis=1)) if keys.device.type == "cpu" else keys.sort(dim=1).values
     rows, ranks = (column.cpu() for column in (keys & 1 == 1).nonzero(as_tuple=True))  # by row, then by rank
     num = len(similarity)
     counts = torch.bincount(rows, minlength=num)  # [c]

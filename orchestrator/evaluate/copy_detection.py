@@ -85,7 +85,7 @@ class CopyDetection:
         width = check_view(job.target, view, f"{key} = {view.size}", advice)
         if options.whitening_dim is not None and options.whitening_dim > width:
             raise ConfigError(
-                f"copy_detection.whitening_dim = {options.whitening_dim}: must be <= {width}, the width of the descriptor"
+                f"copy_detection.whitening_dim = {options.whitening_dim}: must be <= {width}, the descriptor's width"
             )
 
     def run(self, job: Job, options: CopyDetectionOptions, folder: Path) -> SuiteResult:

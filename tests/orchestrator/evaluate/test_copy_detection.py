@@ -231,7 +231,7 @@ def test_folders_of_another_layout(copies: Path) -> None:
         (
             VIT,
             {"whitening": "database", "whitening_dim": 129},
-            "whitening_dim = 129: must be <= 128, the width of the descriptor",
+            "whitening_dim = 129: must be <= 128, the descriptor",
         ),
         (VIT, {"whitening": "nowhere"}, "copy_detection.whitening = nowhere: no such file or folder"),
         (VIT, {"distractors": "nowhere"}, "copy_detection.distractors = nowhere: no such file or folder"),
