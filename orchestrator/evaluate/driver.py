@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dino_core.config import ConfigError
 from orchestrator.config import RunConfig
+from orchestrator.evaluate.names import resolve
 from orchestrator.evaluate.record import Evaluation, deliver_results, open_home, record_result
 from orchestrator.evaluate.settings import Settings, read_settings
 from orchestrator.evaluate.suite import Suite, load_suite
@@ -32,7 +33,7 @@ def evaluate(
 
     Args:
         suites: Names of `orchestrator.evaluate.suite.SUITES`.
-        target: A run, checkpoint, timm model, ...: see `orchestrator.evaluate.targets`.
+        target: A run, checkpoint, timm model, ...: see `orchestrator.evaluate.names`.
         changes: Settings by dotted key: `features.*`, `<suite>.*`, `data.*`, `cluster.*`, `tracking.*`. The images are
             those of the target's run unless `data.source` is among them.
         local: In this process without Ray (`cluster.launcher = local`).
@@ -49,6 +50,7 @@ def evaluate(
     chosen = [load_suite(name) for name in dict.fromkeys(suites)]
     settings = read_settings(chosen, changes)
     config = override(RunConfig(), settings.changes)
+    resolve(target, config.cluster.storage)
 
     from orchestrator.evaluate.compute import choose_compute  # imports torch
     from orchestrator.evaluate.feature_cache import CACHE_DIR, FeatureCache

@@ -371,7 +371,7 @@ def test_what_is_refused_before_features_are_computed(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # as HF_HUB_OFFLINE=1, which is read once
     if not Path(UNLABELLED).exists():
         Path(UNLABELLED).mkdir()
         Image.new("RGB", (8, 8)).save(f"{UNLABELLED}/0.png")
