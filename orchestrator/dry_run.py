@@ -18,7 +18,7 @@ from orchestrator.definition import design_lines
 from orchestrator.estimate import share_that_runs
 from orchestrator.metric_choice import choice_for_sweep
 from orchestrator.overrides import flatten, show
-from orchestrator.population import GENERATIONS_KEPT, check_length, describe_population
+from orchestrator.population import GENERATIONS_KEPT, describe_population, generations_of
 from orchestrator.preflight import open_sources
 from orchestrator.ray_cluster import Capacity, Demand, cluster_address, plan_concurrency, resolve_launcher
 from orchestrator.runs import Trial
@@ -103,7 +103,7 @@ def print_sweep(
 def _scheduler(sweep: Sweep, trials: Sequence[Trial], steps: int) -> str:
     if sweep.scheduler != "pbt":
         return describe_scheduler(sweep.scheduler, sweep.grace_steps, sweep.reduction_factor, sweep.brackets)
-    check_length(sweep, steps)
+    generations_of(sweep, steps)
     return describe_population(sweep, len(trials))
 
 

@@ -14,6 +14,7 @@ import math
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -133,19 +134,15 @@ def launcher_problems(launcher: str | None, num_workers: int) -> list[str]:
     ]
 
 
-def check_length(sweep: Sweep, total_steps: int) -> None:
-    """Raise ConfigError if a run of that many steps has no second generation."""
+def generations_of(sweep: Sweep, total_steps: int) -> int:
+    """The generations of a run of that many steps; the last may be shorter. Raises ConfigError if it has no second."""
     assert sweep.generation_steps is not None
     if sweep.generation_steps >= total_steps:
         raise ConfigError(
             f"sweep.generation_steps = {sweep.generation_steps}: no member would ever be replaced; must be less than "
             f"the {total_steps} steps of a run"
         )
-
-
-def num_generations(generation_steps: int, total_steps: int) -> int:
-    """Of a run; the last one may be shorter."""
-    return math.ceil(total_steps / generation_steps)
+    return math.ceil(total_steps / sweep.generation_steps)
 
 
 def describe_population(sweep: Sweep, members: int) -> str:
@@ -284,15 +281,14 @@ class Population:
     folder: Path
     metric: str
     mode: Mode
-    total_steps: int
     prepare: Callable[[Trial], RunRecord]
     """The record of a new trial. Raises ConfigError if it cannot run."""
-    unit: ClassVar[str] = "segments of them"
+    unit: ClassVar[str] = "that go on from these"
     """What `left` counts."""
 
-    def begin(self, trials: Sequence[Trial]) -> None:
+    def begin(self, records: Mapping[str, RunRecord]) -> None:
         """Write down the first generation."""
-        self._append([Member(trial.trial_id, dict(trial.changes)) for trial in trials], {})
+        self._append([Member(trial_id, record.changes) for trial_id, record in records.items()], {})
 
     def ask(self) -> list[tuple[Trial, RunRecord]]:
         """The trials of the next generation with their records, noted but not yet written; none at the end.
@@ -303,7 +299,7 @@ class Population:
         """
         generations = self._generations()
         members, generation = generations[-1], len(generations)
-        if generation >= self._num_generations:
+        if generation >= generations_of(self.checked.sweep, self._total_steps):
             return []
         scores = self._scores(members)
         if all(score is None for score in scores):
@@ -331,32 +327,31 @@ class Population:
     def left(self) -> int:
         """How many segments are still to be decided upon."""
         generations = self._generations()
-        return len(generations[-1]) * (self._num_generations - len(generations))
+        return len(generations[-1]) * (generations_of(self.checked.sweep, self._total_steps) - len(generations))
 
     def describe(self) -> str:
         """What was done, in a line."""
-        generations = self._generations()
+        generations, count = self._generations(), generations_of(self.checked.sweep, self._total_steps)
         taken = sum(
             member.parent != before.trial
             for older, newer in itertools.pairwise(generations)
             for before, member in zip(older, newer, strict=True)
         )
-        text = f"population: {len(generations)} of {self._num_generations} generations, {taken} times a member replaced"
-        failed = len(generations) < self._num_generations and not any(
-            score is not None for score in self._scores(generations[-1])
-        )
+        text = f"population: {len(generations)} of {count} generations, {taken} times a member replaced"
+        failed = len(generations) < count and not any(score is not None for score in self._scores(generations[-1]))
         return text + (f"; no member has ended the last one with a value of {self.metric}" if failed else "")
 
-    @property
-    def _num_generations(self) -> int:
-        assert self.checked.sweep.generation_steps is not None
-        return num_generations(self.checked.sweep.generation_steps, self.total_steps)
+    @cached_property
+    def _total_steps(self) -> int:
+        """Of a run; the same for all members, of which none can vary what it depends on."""
+        first = self._generations()[0][0]
+        return int(RunRecord.read(self.folder / TRIALS_DIR / first.trial).derived["total_steps"])
 
     def _trial(self, member: int, generation: int, point: Point, parent: str | None) -> Trial:
         (row,) = self.checked.rows
         length = self.checked.sweep.generation_steps
         assert length is not None
-        start, stop = generation * length, min((generation + 1) * length, self.total_steps)
+        start, stop = generation * length, min((generation + 1) * length, self._total_steps)
         segment = Segment(member=member, generation=generation, start_step=start, stop_step=stop, parent=parent)
         return as_member(self.checked.trial(row, point, 0), segment)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from orchestrator.definition import design_definition, sweep_of
 from orchestrator.launch import trial_resources, tune_trial
 from orchestrator.metric_choice import KNN, Mode, choice_for_sweep
 from orchestrator.overrides import override
-from orchestrator.population import Population, check_length, num_generations
+from orchestrator.population import Population, generations_of
 from orchestrator.preflight import open_sources
 from orchestrator.progress import RunProgress
 from orchestrator.ray_cluster import (
@@ -184,15 +184,8 @@ def _resumed_search(
         first.stop_collapsed,
     )
     if definition["scheduler"] == "pbt":
-        return _population(checked, folder, definition, first, recorder)
+        return Population(checked, folder, definition["metric"], definition["mode"], recorder.record)
     return Search(checked, folder, definition["objectives"], recorder.record)
-
-
-def _population(
-    checked: CheckedSweep, folder: Path, definition: Mapping[str, Any], first: RunRecord, recorder: _Recorder
-) -> Population:
-    total_steps = int(first.derived["total_steps"])  # the same for all: no member can vary what it depends on
-    return Population(checked, folder, definition["metric"], definition["mode"], total_steps, recorder.record)
 
 
 @dataclass
@@ -270,8 +263,9 @@ def _write_plan(sweep: Sweep) -> _Plan:
                 f"sweep.grace_steps = {sweep.grace_steps}: {what} could be stopped; must be less than the "
                 f"{shortest} steps of a trial"
             )
+    num_segments = None
     if sweep.scheduler == "pbt":
-        check_length(sweep, int(records[trials[0].trial_id].derived["total_steps"]))
+        num_segments = len(trials) * generations_of(sweep, int(records[trials[0].trial_id].derived["total_steps"]))
     for note in scheduler_notes(sweep.scheduler, (trial.config for trial in trials)):
         print(note, flush=True)
     definition = {
@@ -290,36 +284,27 @@ def _write_plan(sweep: Sweep) -> _Plan:
         "reduction_factor": sweep.reduction_factor,
         "brackets": sweep.brackets,
         "stop_collapsed": sweep.stop_collapsed,
-        "num_segments": _num_segments(sweep, trials, records),
+        "num_segments": num_segments,
         **design_definition(checked, trials, choice),
         "trials": [_entry(trial) for trial in trials],
     }
-    plan = _Plan(folder, definition, records, _new_search(checked, folder, definition, trials, records, recorder))
+    plan = _Plan(folder, definition, records, _new_search(checked, folder, definition, records, recorder))
     for trial_id, record in records.items():
         record.write(plan.run_dir(trial_id))
     write_json(folder / SWEEP_FILE, definition)
     return plan
 
 
-def _num_segments(sweep: Sweep, trials: Sequence[Trial], records: Mapping[str, RunRecord]) -> int | None:
-    """All trials that a population will have; None for other sweeps."""
-    if sweep.scheduler != "pbt" or sweep.generation_steps is None:
-        return None
-    total_steps = int(records[trials[0].trial_id].derived["total_steps"])
-    return len(trials) * num_generations(sweep.generation_steps, total_steps)
-
-
 def _new_search(
     checked: CheckedSweep,
     folder: Path,
     definition: Mapping[str, Any],
-    trials: Sequence[Trial],
     records: Mapping[str, RunRecord],
     recorder: _Recorder,
 ) -> Search | Population | None:
     if checked.sweep.scheduler == "pbt":
-        population = _population(checked, folder, definition, records[trials[0].trial_id], recorder)
-        population.begin(trials)
+        population = Population(checked, folder, definition["metric"], definition["mode"], recorder.record)
+        population.begin(records)
         return population
     if checked.sweep.design != "optuna":
         return None
@@ -338,7 +323,7 @@ def _run(plan: _Plan) -> SweepResult:
     lengths = "; ".join(dict.fromkeys(map(length_in_words, plan.records.values())))
     print(
         f"sweep {name}: {len(plan.records)} trials, {len(open_trials)} to run, each of {lengths}; "
-        f"{f'{more} more {plan.search.unit} to come; ' if more and plan.search is not None else ''}"
+        f"{f'{more} more {plan.search.unit}; ' if more and plan.search is not None else ''}"
         f"records in {plan.folder}",
         flush=True,
     )
