@@ -16,6 +16,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from orchestrator.compare import Comparison, compare
 from orchestrator.launch import launch_local
@@ -27,6 +28,14 @@ from orchestrator.sweep_file import load_sweep
 from orchestrator.tables import render
 from orchestrator.trials import load_from_disk
 from orchestrator.worker import read_failure
+
+KNN_ONLY: dict[str, Any] = {
+    "pretrain.eval.every_steps": None,
+    "pretrain.eval.num_label_free": 0,
+    "pretrain.eval.num_lidar_images": 0,
+    "pretrain.eval.num_pictures": 0,
+}
+"""What is evaluated: k-NN at the beginning and where training ends."""
 
 
 def train(plan: _Plan) -> None:
@@ -63,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     best: dict[str, list[float]] = {"pbt": [], "none": []}
     for seed in range(options.seeds):
-        changes = {"pretrain.seed": seed, "pretrain.steps": options.steps}
+        changes = KNN_ONLY | {"pretrain.seed": seed, "pretrain.steps": options.steps}
         base = load_sweep("population")
         base = replace(base, design_seed=seed, changes=merge_changes(base.changes, changes))
         for scheduler, values in best.items():

@@ -82,7 +82,7 @@ _REASONS = {
     "pretrain.head.": "decides the weights that there are, and another member's checkpoint must fit",
     "pretrain.predictor.": "decides the weights that there are, and another member's checkpoint must fit",
     "data.": "decides what the images are, and a member goes on where another stopped in them",
-    "": "is not read anew in every step, so it cannot change within a run",
+    "": "is no value that each step reads anew; within a run it stays as it is",
 }
 
 

@@ -184,6 +184,7 @@ def _resumed_search(
         first.stop_collapsed,
     )
     if definition["scheduler"] == "pbt":
+        checked.trial(*checked.rows, first.changes, 0)  # the cluster may be another than it was
         return Population(checked, folder, definition["metric"], definition["mode"], recorder.record)
     return Search(checked, folder, definition["objectives"], recorder.record)
 

@@ -24,7 +24,7 @@ from orchestrator.lineage import continued, in_words
 from orchestrator.overrides import override
 from orchestrator.population import POPULATION_FILE, Member, Population, explore, next_generation, num_replaced
 from orchestrator.records import Event, Journal, Ledger, RunRecord, read_curves, read_json, read_lines
-from orchestrator.run_sweep import _Plan, _resumed_search, _write_plan
+from orchestrator.run_sweep import _Plan, _resumed_search, _write_plan, resume_sweep
 from orchestrator.space import IntUniform, LogUniform, Space, Uniform
 from orchestrator.sweep import Row, Sweep, check, expand
 from orchestrator.tables import render, schedule_table
@@ -207,7 +207,7 @@ def test_random_search_is_beaten_where_the_best_setting_moves() -> None:
         ({"space": {"pretrain.crops.num_local_crops": [2, 4]}, "num_trials": 2}, "changes what a step costs"),
         ({"space": {"pretrain.seed": [0, 1]}, "num_trials": 2}, "fixes weights and order of the images"),
         ({"space": {"data.source": ["digits", "x"]}, "num_trials": 2}, "decides what the images are"),
-        ({"space": {"pretrain.optim.name": ["sgd", "adamw"]}, "num_trials": 2}, "is not read anew in every step"),
+        ({"space": {"pretrain.optim.name": ["sgd", "adamw"]}, "num_trials": 2}, "is no value that each step reads"),
         ({"changes": {"cluster.launcher": "train"}}, r"cluster\.launcher = train: must be trial with"),
         ({"changes": {"cluster.num_workers": 2}}, r"cluster\.num_workers = 2 must be 1"),
         ({"space": {TEMP: [0.04, 0.07]}, "num_trials": 2, "metric": "train/loss"}, "cannot compare trials with diff"),
@@ -308,6 +308,13 @@ def test_a_resumed_population_has_the_same_trials(tmp_path: Path) -> None:
     assert [(s.start_step, s.stop_step) for s in segments[::4]] == [(0, 3), (3, 6), (6, 7)]
     assert all((s.parent is None) == (s.generation == 0) for s in segments)
     assert whole.search.describe() == "population: 3 of 3 generations, 2 times a member replaced"
+
+
+def test_a_population_goes_on_by_its_own_launcher_only(tmp_path: Path) -> None:
+    plan = write(tmp_path)
+    with pytest.raises(ConfigError, match=r"cluster\.launcher = train: must be trial with sweep\.scheduler = pbt"):
+        resume_sweep(plan.folder.name, {"cluster.launcher": "train"}, storage=str(tmp_path))
+    assert not (plan.folder / "ledger.jsonl").exists()
 
 
 def test_checkpoints_go_when_nobody_can_need_them(tmp_path: Path) -> None:
