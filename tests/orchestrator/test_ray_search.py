@@ -102,6 +102,10 @@ def test_a_search_goes_on_where_its_driver_died(ray_head: Any, tmp_path: Path, m
 def test_the_segments_of_a_population_go_on_from_one_another(ray_head: Any, tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     tiny = TINY | {
+        "pretrain.eval.num_gallery": 64,
+        "pretrain.eval.num_queries": 64,
+        "pretrain.eval.num_label_free": 0,
+        "pretrain.eval.num_lidar_images": 0,
         "pretrain.eval.num_pictures": 0,
         "tracking.uri": uri,
         "cluster.address": ray_head.address,
