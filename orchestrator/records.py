@@ -10,6 +10,7 @@
         environment.json  what it trains with                   trials/<trial>/   one run each, no ledger of its own
         pictures/step_00000200/*.png
         checkpoints/step_00000200/
+        evaluations/  metrics.jsonl and a folder of each result (orchestrator.evaluate.record)
 
 Every file is either written whole (`write_json`) or append-only (`Journal`, `Ledger`); a line cut short by a crash is
 ignored by the readers and removed by the next writer.
@@ -41,6 +42,7 @@ SUMMARY_FILE = "summary.json"
 COMPARISON_FILES: dict[Literal["markdown", "csv"], str] = {"markdown": "comparison.md", "csv": "comparison.csv"}
 CHECKPOINTS_DIR = "checkpoints"
 PICTURES_DIR = "pictures"
+EVALUATIONS_DIR = "evaluations"
 TRIALS_DIR = "trials"
 
 Event = Literal["started", "finished", "stopped", "failed", "interrupted"]

@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from dino_core.eval.features import eval_transform as eval_transform
     from dino_core.eval.features import extract_features as extract_features
     from dino_core.eval.knn import knn_accuracy as knn_accuracy
+    from dino_core.eval.layers import LayerOutput as LayerOutput
+    from dino_core.eval.layers import intermediate_layers as intermediate_layers
     from dino_core.eval.rank import alpha_req as alpha_req
     from dino_core.eval.rank import lidar as lidar
     from dino_core.eval.rank import rankme as rankme
@@ -17,6 +19,8 @@ _MODULES = {
     "eval_transform": "dino_core.eval.features",
     "extract_features": "dino_core.eval.features",
     "knn_accuracy": "dino_core.eval.knn",
+    "LayerOutput": "dino_core.eval.layers",
+    "intermediate_layers": "dino_core.eval.layers",
     "alpha_req": "dino_core.eval.rank",
     "lidar": "dino_core.eval.rank",
     "rankme": "dino_core.eval.rank",
