@@ -22,7 +22,7 @@ from orchestrator.lean_imports import without_compiler
 from orchestrator.lineage import lineage_curves
 from orchestrator.overrides import override
 from orchestrator.records import CHECKPOINTS_DIR, RUN_FILE, Journal, RunRecord, write_json
-from orchestrator.run_clock import RunClock
+from orchestrator.run_clock import EvaluationBudget, RunClock
 from orchestrator.stoppers import STOPPED_FILE, Collapsed, CollapseStopper, first_judged_step, stop_of
 from orchestrator.system_metrics import recorded_machine
 
@@ -171,7 +171,7 @@ def _train(run_dir: Path, config: RunConfig, place: Place, report: Report, began
                 pictures = Pictures(config, source, loader, run_dir) if place.rank == 0 else None
                 evaluate = _with_pictures(evaluate, pictures)
             if evaluate is not None:
-                evaluate = _timed(evaluate, clock)
+                evaluate = _timed(evaluate, clock, place, record.last_step)
             clock.started()
             train(
                 state,
@@ -191,11 +191,19 @@ def _train(run_dir: Path, config: RunConfig, place: Place, report: Report, began
             journal.close()
 
 
-def _timed(evaluate: Evaluate, clock: RunClock) -> Evaluate:
-    """An evaluation that also says where the time of the run went, its own included."""
+def _timed(evaluate: Evaluate, clock: RunClock, place: Place, last_step: int) -> Evaluate:
+    """An evaluation that also says where the time of the run went, its own included; left out where it would take more
+    of it than `pretrain.eval.max_share`."""
+    budget: EvaluationBudget | None = None
 
     def timed(state: TrainState) -> dict[str, float]:
-        with clock.during("evaluation"):
+        nonlocal budget
+        max_share = state.config.eval.max_share
+        budget = budget or EvaluationBudget(max_share)
+        is_between = 0 < state.step < last_step
+        if is_between and max_share is not None and not _same_on_all_ranks(budget.allows(), place):
+            return {"time/evaluations_left_out": budget.num_left_out}
+        with clock.during("evaluation"), budget.another() if is_between else budget.first():
             metrics = evaluate(state)
         return metrics | clock.parts()
 

@@ -6,14 +6,26 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dino_core.eval.alignment import alignment as alignment
+    from dino_core.eval.alignment import uniformity as uniformity
+    from dino_core.eval.copy_detection import copy_descriptor as copy_descriptor
+    from dino_core.eval.copy_detection import copy_detection_scores as copy_detection_scores
+    from dino_core.eval.copy_detection import learn_whitening as learn_whitening
     from dino_core.eval.features import eval_transform as eval_transform
     from dino_core.eval.features import extract_features as extract_features
     from dino_core.eval.knn import knn_accuracy as knn_accuracy
     from dino_core.eval.layers import LayerOutput as LayerOutput
     from dino_core.eval.layers import intermediate_layers as intermediate_layers
     from dino_core.eval.rank import alpha_req as alpha_req
+    from dino_core.eval.rank import effective_rank as effective_rank
     from dino_core.eval.rank import lidar as lidar
     from dino_core.eval.rank import rankme as rankme
+    from dino_core.eval.retrieval import average_precision as average_precision
+    from dino_core.eval.retrieval import label_scores as label_scores
+    from dino_core.eval.retrieval import micro_average_precision as micro_average_precision
+    from dino_core.eval.retrieval import multi_scale_features as multi_scale_features
+    from dino_core.eval.retrieval import retrieval_scores as retrieval_scores
+    from dino_core.eval.retrieval import revisited_scores as revisited_scores
 
 _MODULES = {
     "eval_transform": "dino_core.eval.features",
@@ -22,8 +34,20 @@ _MODULES = {
     "LayerOutput": "dino_core.eval.layers",
     "intermediate_layers": "dino_core.eval.layers",
     "alpha_req": "dino_core.eval.rank",
+    "alignment": "dino_core.eval.alignment",
+    "uniformity": "dino_core.eval.alignment",
+    "effective_rank": "dino_core.eval.rank",
     "lidar": "dino_core.eval.rank",
     "rankme": "dino_core.eval.rank",
+    "copy_descriptor": "dino_core.eval.copy_detection",
+    "copy_detection_scores": "dino_core.eval.copy_detection",
+    "learn_whitening": "dino_core.eval.copy_detection",
+    "average_precision": "dino_core.eval.retrieval",
+    "label_scores": "dino_core.eval.retrieval",
+    "micro_average_precision": "dino_core.eval.retrieval",
+    "multi_scale_features": "dino_core.eval.retrieval",
+    "retrieval_scores": "dino_core.eval.retrieval",
+    "revisited_scores": "dino_core.eval.retrieval",
 }
 
 __all__ = list(_MODULES)

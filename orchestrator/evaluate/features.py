@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, is_dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import timm
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -21,12 +21,19 @@ from orchestrator.data.images import BadImage
 from orchestrator.data.loaders import Loader
 from orchestrator.data.split import Split
 from orchestrator.errors import RunFailed
+from orchestrator.evaluate.feature_cache import FeatureCache, Part
 from orchestrator.evaluate.targets import Target
 from orchestrator.evaluate.views import View
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from orchestrator.evaluate.compute import Compute
 
 _BATCHES_AHEAD = 2
+_SHARE_IMAGES = 1024
+_FORMAT = 1
+"""Of what is kept; another one is another cache. To be raised when a change of views or backbones changes features."""
+
+Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,11 +61,9 @@ class Features:
     rows: Tensor
     """[m, ...], fp32, on the CPU."""
     ids: NDArray[np.int64]
-    """[m] numbers in the split, ascending as in `images`."""
-
-    @property
-    def num_unreadable(self) -> int:
-        return len(self.images) - len(self.ids)
+    """[m] numbers in the split, in the order of `images`."""
+    left_out: Mapping[int, str]
+    """The others, and why."""
 
     @property
     def labels(self) -> Tensor:
@@ -68,35 +73,38 @@ class Features:
         return torch.from_numpy(labels[self.ids])
 
 
-@dataclass(frozen=True, eq=False)
-class Share:
-    """What is computed in a row, by one process."""
+class Share(NamedTuple):
+    """Images that are computed in a row, by one process: places in `Images.ids`."""
 
-    images: Images
-    view: View
+    start: int
+    stop: int
     batch_size: int
-    num_threads: int
 
 
 @torch.no_grad()
-def extract_share(backbone: nn.Module, share: Share) -> tuple[Tensor, dict[int, str]]:
-    """Features of a share's readable images, in order; places of the others in the share, and why.
+def extract_share(backbone: nn.Module, images: Images, view: View, share: Share, num_threads: int) -> Part:
+    """Features of a share's readable images, in order; places of the others in it, and why.
 
-    Empty features [0] if none can be read.
+    Features [0] if none can be read. The same in whatever process, to rounding.
+
+    Args:
+        num_threads: That read, decode and make views; more where a service has to answer.
+
+    Raises:
+        StorageError: As `load_image`.
     """
     parameter = next(backbone.parameters(), None)
     device = torch.device("cpu") if parameter is None else parameter.device
     rows: list[Tensor] = []
     bad: dict[int, str] = {}
     with evaluating(backbone):
-        for batch in _batches(share, bad):
-            rows.append(share.view.features(backbone, batch.to(device, non_blocking=True)).float().cpu())
+        for batch in _batches(images, view, share, max(num_threads, images.split.reads_at_once), bad):
+            rows.append(view.features(backbone, batch.to(device, non_blocking=True)).float().cpu())
     return torch.cat(rows) if rows else torch.zeros(0), bad
 
 
-def _batches(share: Share, bad: dict[int, str]) -> Iterator[Tensor]:
+def _batches(images: Images, view: View, share: Share, num_threads: int, bad: dict[int, str]) -> Iterator[Tensor]:
     """The views of images in order, of one shape each batch. Threads make the next while the caller works with one."""
-    images, view = share.images, share.view
 
     def load(sample: int) -> Tensor | str:
         try:
@@ -106,10 +114,10 @@ def _batches(share: Share, bad: dict[int, str]) -> Iterator[Tensor]:
 
     waiting: deque[Future[Tensor | str]] = deque()
     batch: list[Tensor] = []
-    samples = iter(images.ids.tolist())
-    pool = ThreadPoolExecutor(share.num_threads, "features")
+    samples = iter(images.ids[share.start : share.stop].tolist())
+    pool = ThreadPoolExecutor(num_threads, "features")
     try:
-        for place in range(len(images)):
+        for place in range(share.stop - share.start):
             while len(waiting) < _BATCHES_AHEAD * share.batch_size and (sample := next(samples, None)) is not None:
                 waiting.append(pool.submit(load, sample))
             found = waiting.popleft().result()
@@ -128,46 +136,83 @@ def _batches(share: Share, bad: dict[int, str]) -> Iterator[Tensor]:
 
 
 class Extractor:
-    """Takes features of one target.
+    """Takes features of one target, each once.
 
     Args:
-        num_threads: That read and decode images.
+        cache: Where they are kept; None keeps those of this command in memory.
+        progress: Told how many images of how many are done, and what they are.
     """
 
-    def __init__(self, target: Target, *, batch_size: int, num_threads: int) -> None:
-        self._target, self._batch_size, self._num_threads = target, batch_size, num_threads
-        self._known: dict[str, Features] = {}
-        self._unreadable: set[tuple[str, int]] = set()
+    def __init__(
+        self,
+        target: Target,
+        compute: Compute,
+        *,
+        batch_size: int,
+        cache: FeatureCache | None = None,
+        progress: Progress = lambda name, done, total: None,
+    ) -> None:
+        self._target, self._compute, self._batch_size = target, compute, batch_size
+        self._cache, self._progress = cache, progress
+        self._in_memory: dict[str, Features] = {}
 
     def extract(self, images: Images, view: View) -> Features:
-        """Raises:
-        RunFailed: No image can be read, or features are not finite.
+        """Features of images, from memory or disk where they were taken before.
+
+        Raises:
+            RunFailed: No image can be read, features are not finite, or as `Compute.parts`.
         """
         key = _key(self._target, images, view)
-        if key not in self._known:
-            threads = max(self._num_threads, images.split.reads_at_once)
-            rows, bad = extract_share(self._target.backbone, Share(images, view, self._batch_size, threads))
-            self._known[key] = self._checked(images, rows, bad)
-        return self._known[key]
+        if key in self._in_memory:
+            return self._in_memory[key]
+        size = self._batch_size * max(1, _SHARE_IMAGES // self._batch_size)
+        shares = [
+            Share(start, min(start + size, len(images)), self._batch_size) for start in range(0, len(images), size)
+        ]
+        rows: Tensor | None = None
+        reasons: dict[int, str] = {}
+        num_rows, is_kept = 0, False
+        for share, (some, bad), is_new in self._parts(key, images, view, shares):
+            reasons |= {share.start + place: reason for place, reason in bad.items()}
+            if len(some):
+                if rows is None:
+                    rows = torch.empty(len(images), *some.shape[1:])
+                    is_kept = self._cache is not None and self._cache.make_room(key, rows.nbytes)
+                rows[num_rows : num_rows + len(some)] = some
+                num_rows += len(some)
+            if is_new and is_kept and self._cache is not None:
+                self._cache.write(key, share.start, (some, bad))
+            self._progress(images.name, share.stop, len(images))
+        found = self._checked(images, torch.zeros(0) if rows is None else rows[:num_rows], reasons)
+        if not is_kept:
+            self._in_memory[key] = found
+        return found
 
-    @property
-    def num_unreadable(self) -> int:
-        """Images of all splits that were left out, each once."""
-        return len(self._unreadable)
+    def _parts(
+        self, key: str, images: Images, view: View, shares: Sequence[Share]
+    ) -> Iterator[tuple[Share, Part, bool]]:
+        """Each share with its features, and whether they are new; in order."""
+        missing = {share for share in shares if self._cache is None or not self._cache.has(key, share.start)}
+        new = self._compute.parts(self._target.backbone, images, view, (each for each in shares if each in missing))
+        for share in shares:
+            known = None if share in missing or self._cache is None else self._cache.read(key, share.start)
+            if known is not None:
+                yield share, known, False
+            elif share in missing:
+                yield share, next(new), True
+            else:  # damaged
+                (part,) = self._compute.parts(self._target.backbone, images, view, [share])
+                yield share, part, True
 
     def _checked(self, images: Images, rows: Tensor, bad: dict[int, str]) -> Features:
-        for place, reason in bad.items():
-            sample = int(images.ids[place])
-            if (images.digest, sample) not in self._unreadable:
-                logger.warning("evaluation leaves out %s: %s", images.split.name(sample), reason)
-            self._unreadable.add((images.digest, sample))
         if len(bad) == len(images):
             raise RunFailed(f"no {images.name} image can be read: {next(iter(bad.values()), 'there is none')}")
         if not rows.isfinite().all():
             raise RunFailed(f"the features of {images.name} images are not finite")
         good = np.ones(len(images), dtype=bool)
         good[list(bad)] = False
-        return Features(images, rows, images.ids[good])
+        left_out = {int(images.ids[place]): reason for place, reason in bad.items()}
+        return Features(images, rows, images.ids[good], left_out)
 
 
 def _key(target: Target, images: Images, view: View) -> str:
@@ -175,5 +220,6 @@ def _key(target: Target, images: Images, view: View) -> str:
     assert is_dataclass(view) and not isinstance(view, type)
     ids = hashlib.sha256(np.ascontiguousarray(images.ids)).hexdigest()
     kind = f"{type(view).__module__}.{type(view).__qualname__}"
-    what: list[Any] = [target.digest, images.digest, ids, kind, asdict(view), torch.__version__]
+    what: list[Any] = [_FORMAT, target.digest, images.digest, ids, kind, asdict(view)]
+    what += [torch.__version__, timm.__version__]
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]

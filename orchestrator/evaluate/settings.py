@@ -51,7 +51,7 @@ class Settings:
 def setting_keys(suites: Sequence[Suite]) -> dict[str, Key]:
     """Every key that can be given with these suites."""
     keys = {key: kind for key, kind in config_keys().items() if key.startswith(_OF_A_RUN)}
-    for part in (FeaturesConfig, *(suite.options for suite in suites)):
+    for part in _parts(suites):
         keys |= config_keys(part, f"{part.path}.")
     return keys
 
@@ -66,7 +66,7 @@ def read_settings(suites: Sequence[Suite], changes: Mapping[str, Any]) -> Settin
     problems = []
     for key in changes:
         group = key.partition(".")[0]
-        if group in SUITES and group not in asked and key in config_keys(load_suite(group).options, f"{group}."):
+        if group in SUITES and group not in asked and key in setting_keys([load_suite(group)]):
             problems.append(f"{key}: is of the suite {group}, which is not asked for")
         elif key in config_keys() and not key.startswith(_OF_A_RUN):
             problems.append(f"{key}: is of the training, which is over; there is features.* and {_groups(asked)}")
@@ -74,7 +74,7 @@ def read_settings(suites: Sequence[Suite], changes: Mapping[str, Any]) -> Settin
     typed, wrong = check_values(setting_keys(suites), rest)
     problems += wrong
     parts: dict[str, CheckedConfig] = {}
-    for part in (FeaturesConfig, *(suite.options for suite in suites)):
+    for part in _parts(suites):
         prefix = f"{part.path}."
         given = {key.removeprefix(prefix): value for key, value in typed.items() if key.startswith(prefix)}
         try:
@@ -86,6 +86,11 @@ def read_settings(suites: Sequence[Suite], changes: Mapping[str, Any]) -> Settin
     features = parts.pop(FeaturesConfig.path)
     assert isinstance(features, FeaturesConfig)
     return Settings(features, parts, {key: value for key, value in typed.items() if key.startswith(_OF_A_RUN)})
+
+
+def _parts(suites: Sequence[Suite]) -> list[Any]:
+    """The classes of all settings that are not a run's."""
+    return [FeaturesConfig, *(suite.options for suite in suites)]
 
 
 def _groups(names: set[str]) -> str:
