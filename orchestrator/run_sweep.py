@@ -184,7 +184,8 @@ def _resumed_search(
         first.stop_collapsed,
     )
     if definition["scheduler"] == "pbt":
-        checked.trial(*checked.rows, first.changes, 0)  # the cluster may be another than it was
+        (row,) = checked.rows
+        checked.trial(row, first.changes, 0)  # the cluster may be another than it was
         return Population(checked, folder, definition["metric"], definition["mode"], recorder.record)
     return Search(checked, folder, definition["objectives"], recorder.record)
 
