@@ -10,6 +10,9 @@
         environment.json  what it trains with                   trials/<trial>/   one run each, no ledger of its own
         pictures/step_00000200/*.png
         checkpoints/step_00000200/
+        evaluations/  metrics.jsonl and a folder of each result (orchestrator.evaluate)
+
+A target of `evaluate` that is no run has a folder with `target.json`, a ledger and `evaluations/`.
 
 Every file is either written whole (`write_json`) or append-only (`Journal`, `Ledger`); a line cut short by a crash is
 ignored by the readers and removed by the next writer.
@@ -30,6 +33,7 @@ from typing import Any, Literal
 from dino_core.config import ConfigError
 
 RUN_FILE = "run.json"
+TARGET_FILE = "target.json"
 SWEEP_FILE = "sweep.json"
 METRICS_FILE = "metrics.jsonl"
 LEDGER_FILE = "ledger.jsonl"
@@ -41,6 +45,7 @@ SUMMARY_FILE = "summary.json"
 COMPARISON_FILES: dict[Literal["markdown", "csv"], str] = {"markdown": "comparison.md", "csv": "comparison.csv"}
 CHECKPOINTS_DIR = "checkpoints"
 PICTURES_DIR = "pictures"
+EVALUATIONS_DIR = "evaluations"
 TRIALS_DIR = "trials"
 
 Event = Literal["started", "finished", "stopped", "failed", "interrupted"]
@@ -136,6 +141,15 @@ class Journal:
 
     def close(self) -> None:
         self._file.close()
+
+
+def read_evaluations(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
+    """What was measured of a run afterwards (`orchestrator.evaluate`): as `read_curves`, the newest value of a step."""
+    curves: dict[str, dict[int, float]] = {}
+    for _, record in read_lines(run_dir / EVALUATIONS_DIR / METRICS_FILE):
+        for name, value in record["metrics"].items():
+            curves.setdefault(name, {})[record["step"]] = value
+    return {name: sorted(points.items()) for name, points in curves.items()}
 
 
 def read_curves(run_dir: Path) -> dict[str, list[tuple[int, float]]]:

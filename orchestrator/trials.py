@@ -270,10 +270,9 @@ def _read_run(
 
 
 def _curves(run_dir: Path, state: records.RunState | None) -> dict[str, Curve]:
-    """The journal's, and the figures of the run's end as MLflow has them, at step 0."""
-    return records.read_curves(run_dir) | {
-        name: [(0, value)] for name, value in (state.numbers if state else {}).items()
-    }
+    """The journal's, those of evaluations, and the figures of the run's end as MLflow has them, at step 0."""
+    ended = {name: [(0, value)] for name, value in (state.numbers if state else {}).items()}
+    return records.read_curves(run_dir) | records.read_evaluations(run_dir) | ended
 
 
 def _pictures_on_disk(run_dir: Path) -> Pictures | None:
