@@ -6,17 +6,18 @@ Axes: n images, H x W pixels, h x w patches.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from timm.layers.attention import Attention
 from torch import Tensor, nn
 
 from dino_core.eval.features import evaluating
 from dino_core.eval.layers import patch_size
-from dino_core.eval.masks import VOID, Labels, jaccard, object_labels
+from dino_core.eval.masks import VOID, Labels, jaccard, object_labels, resize_mask
 
 
 @torch.no_grad()
@@ -56,6 +57,55 @@ def attention_maps(backbone: nn.Module, images: Tensor) -> Tensor | None:
 def has_attention_maps(backbone: nn.Module) -> bool:
     """Whether `attention_maps` gives any."""
     return _last_attention(backbone) is not None
+
+
+class Sizes(NamedTuple):
+    """What becomes of an image and its mask: resized, then cut at the right and at the bottom."""
+
+    resized: tuple[int, int]
+    """Height and width."""
+    seen: tuple[int, int]
+    """Height and width that are left, multiples of the patch."""
+
+
+def image_sizes(height: int, width: int, size: int | None, patch: int, *, square: bool = False) -> Sizes:
+    """Sizes by the authors' rule: the shorter side becomes `size`, then what fills no patch is cut off.
+
+    Args:
+        size: pixels; None leaves the image as large as it is.
+        square: resize to `size` x `size`, whatever the image's shape; the default of the authors' script.
+
+    Raises:
+        ValueError: nothing would be left.
+    """
+    if size is None:
+        resized = height, width
+    elif square:
+        resized = size, size
+    else:
+        resized = (size, size * width // height) if height <= width else (size * height // width, size)
+    seen = resized[0] - resized[0] % patch, resized[1] - resized[1] % patch
+    if 0 in seen:
+        raise ValueError(f"{resized[1]} x {resized[0]} pixels: must be {patch} x {patch} at least, a patch")
+    return Sizes(resized, seen)
+
+
+def prepare_image(image: NDArray[np.uint8], sizes: Sizes, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """An image [H, W, 3] resized (bilinear, antialiased), cut and normalised: float32 [3, *sizes.seen].
+
+    Args:
+        mean, std: of red, green, blue on the scale 0 to 1.
+    """
+    pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None]
+    if sizes.resized != image.shape[:2]:
+        pixels = F.interpolate(pixels, size=sizes.resized, mode="bilinear", antialias=True)
+    cut = pixels[0, :, : sizes.seen[0], : sizes.seen[1]].float() / 255
+    return (cut - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+
+
+def prepare_mask(mask: Labels, sizes: Sizes) -> Labels:
+    """A mask [H, W] resized (nearest) and cut likewise."""
+    return resize_mask(mask, sizes.resized)[: sizes.seen[0], : sizes.seen[1]]
 
 
 def mass_masks(maps: Tensor, mass: float) -> Tensor:

@@ -15,6 +15,7 @@ from typing import Any
 import cv2
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 Labels = NDArray[np.uint8]
 """[..., H, W]: 0 is the background, `VOID` is not judged, everything else is an object."""
@@ -164,6 +165,12 @@ def video_scores(
 def object_labels(mask: Labels) -> list[int]:
     """The objects of a mask, ascending; neither background nor void."""
     return [label for label in np.unique(mask).tolist() if label not in (BACKGROUND, VOID)]
+
+
+def resize_mask(mask: Labels, size: tuple[int, int]) -> Labels:
+    """A mask [H, W] by its nearest pixels, uint8 [*size], as Pillow does, which the authors use: where two pixels are
+    equally near, other libraries may take the other one."""
+    return np.array(Image.fromarray(mask).resize(size[::-1], Image.Resampling.NEAREST))
 
 
 def _boundary(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:

@@ -30,6 +30,7 @@ _LARGE_TILE = 192
 _GAP = 2
 _WHITE = 255
 _HEAT_SHARE = 0.6
+_LABEL_SHARE = 0.5
 _DARKER = 4
 
 _HEAT = torch.tensor(
@@ -145,6 +146,26 @@ def masks_picture(image: Picture, truth: NDArray[np.uint8], maps: Tensor, masks:
     return _grid(rows)
 
 
+def labels_picture(
+    images: Sequence[Picture], masks: Sequence[NDArray[np.uint8]], palette: Sequence[int] | None = None
+) -> Picture:
+    """Images in a row, each with its labels over it by colour.
+
+    Args:
+        images: uint8 [H, W, 3].
+        masks: uint8 [H, W]; 0 shows the image alone.
+        palette: red, green, blue of each label in turn; None: one of Viridis for each, over and over.
+    """
+    colours = _HEAT.numpy()[::-1] if palette is None else np.array(palette).reshape(-1, 3)
+    row = []
+    for image, mask in zip(images, masks, strict=True):
+        tile = _tile(image, _LARGE_TILE)
+        labels = _resized(np.repeat(mask[..., None], 3, axis=2), tile.shape[:2], smooth=False)
+        mixed = _LABEL_SHARE * colours[labels[..., 0].astype(np.int64) % len(colours)] + (1 - _LABEL_SHARE) * tile
+        row.append(np.where(labels == 0, tile, mixed.round()).astype(np.uint8))
+    return _grid([row])
+
+
 def features_picture(images: Sequence[Picture], features: Tensor) -> Picture:
     """Each image beside the first three principal components of its patches' features as red, green and blue.
 
@@ -207,11 +228,11 @@ def _tile(image: Picture, side: int) -> Picture:
     return _resized(image, (max(1, round(side * height / longer)), max(1, round(side * width / longer))))
 
 
-def _resized(image: Picture, size: Sequence[int]) -> Picture:
+def _resized(image: Picture, size: Sequence[int], *, smooth: bool = True) -> Picture:
     """[H, W, 3] as [*size, 3]: smoothed when made smaller, its pixels shown as they are when made larger."""
     pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None]
     size = list(size)
-    if image.shape[0] > size[0]:
+    if smooth and image.shape[0] > size[0]:
         pixels = F.interpolate(pixels, size=size, mode="bicubic", antialias=True)
     elif list(image.shape[:2]) != size:
         pixels = F.interpolate(pixels, size=size, mode="nearest-exact")

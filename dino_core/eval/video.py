@@ -24,10 +24,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
-from dino_core.eval.masks import BACKGROUND, Labels
+from dino_core.eval.masks import BACKGROUND, Labels, resize_mask
 
 NUM_PREVIOUS = 7
 RADIUS = 12
@@ -176,7 +175,7 @@ def patch_labels(
     return F.interpolate(shares[None], size=size, mode="area")[0]
 
 
-def frame_labels(shares: Tensor, labels: Sequence[int], patch: int, size: tuple[int, int]) -> Labels:
+def frame_labels(shares: Tensor, labels: Sequence[int], resized: tuple[int, int], size: tuple[int, int]) -> Labels:
     """The mask of a frame, uint8 [*size], from soft labels [C, h, w] of its patches.
 
     They are enlarged (bilinear), stretched so that each class goes from 0 to 1 over the frame, as the authors do, and
@@ -184,23 +183,14 @@ def frame_labels(shares: Tensor, labels: Sequence[int], patch: int, size: tuple[
 
     Args:
         labels: of the C - 1 objects.
-        patch: side of a patch, pixels.
+        resized: height and width that the backbone saw.
         size: height and width of the frame.
     """
-    height, width = shares.shape[1:]
-    pixels = F.interpolate(
-        shares[None].float(), size=(height * patch, width * patch), mode="bilinear", align_corners=False
-    )[0]
+    pixels = F.interpolate(shares[None].float(), size=resized, mode="bilinear", align_corners=False)[0]  # [C, H, W]
     low, high = pixels.amin(dim=(1, 2), keepdim=True), pixels.amax(dim=(1, 2), keepdim=True)
     pixels = torch.where(high > low, (pixels - low) / (high - low), pixels)  # a constant one stays as it is
     classes = pixels.argmax(dim=0).cpu().numpy()
     return resize_mask(np.array([BACKGROUND, *labels], dtype=np.uint8)[classes], size)
-
-
-def resize_mask(mask: Labels, size: tuple[int, int]) -> Labels:
-    """A mask [H, W] by its nearest pixels, uint8 [*size], as Pillow does, which the authors use: where two pixels are
-    equally near, other libraries may take the other one."""
-    return np.array(Image.fromarray(mask).resize(size[::-1], Image.Resampling.NEAREST))
 
 
 def pixel_features(images: Tensor, patch: int) -> Tensor:

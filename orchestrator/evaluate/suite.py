@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 SUITES = {
     "knn": "k-NN classification of test images among the training images",
+    "segmentation": "attention of the class token, and masks made of it, against objects",
+    "video": "video object segmentation by label propagation",
 }
 """Every suite by name, with a line for people."""
 

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from dino_core.eval.masks import Statistics, boundary_f, jaccard, object_labels, statistics, video_scores
+from dino_core.eval.masks import Statistics, boundary_f, jaccard, object_labels, resize_mask, statistics, video_scores
 from tests.dino_core.eval.videos import made_up_video
 
 EMPTY, FULL = np.zeros((6, 8), dtype=bool), np.ones((6, 8), dtype=bool)
@@ -113,3 +113,8 @@ def test_refused(predicted: list[np.ndarray], truth: list[np.ndarray], message: 
 def test_background_and_void_are_no_objects() -> None:
     assert object_labels(np.array([[0, 255, 3], [1, 3, 0]], dtype=np.uint8)) == [1, 3]
     assert object_labels(np.full((2, 2), 255, dtype=np.uint8)) == []
+
+
+def test_masks_are_resized_by_the_nearest_pixel() -> None:
+    mask = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    assert (resize_mask(resize_mask(mask, (9, 20)), (3, 4)) == mask).all()

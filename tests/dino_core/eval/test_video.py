@@ -19,7 +19,6 @@ from dino_core.eval.video import (
     pixel_features,
     prepare_frame,
     propagate_labels,
-    resize_mask,
 )
 from tests.dino_core.eval.videos import made_up_video, made_up_vit
 
@@ -82,7 +81,7 @@ def test_values_of_the_authors_script(
     for shares, expected in zip(soft, sums, strict=True):
         torch.testing.assert_close(shares[1:].sum(dim=(1, 2)), torch.tensor(expected), atol=2e-4, rtol=0)
         torch.testing.assert_close(shares.sum(dim=0), torch.ones(grid))
-    found = [frame_labels(shares, labels, PATCH, size) for shares in soft]
+    found = [frame_labels(shares, labels, seen, size) for shares in soft]
     numbers = np.array([[(mask == label).sum() for label in labels] for mask in found])
     assert abs(numbers - counts).max() <= 4
     if scores is not None:
@@ -171,7 +170,7 @@ def test_an_object_smaller_than_a_patch() -> None:
     assert area[1].tolist() == [[8 / 64, 0], [0, 0]]
     torch.testing.assert_close(area.sum(dim=0), torch.ones(2, 2))
     (labels,) = propagate_labels([torch.ones(2, 2, 1)] * 2, patch_labels(mask, [5], (2, 2)))
-    assert (frame_labels(labels, [5], 8, (16, 16)) == 0).all()
+    assert (frame_labels(labels, [5], (16, 16), (16, 16)) == 0).all()
 
 
 def test_labels_keep_their_numbers_and_void_is_background() -> None:
@@ -180,13 +179,13 @@ def test_labels_keep_their_numbers_and_void_is_background() -> None:
     shares = patch_labels(mask, [3, 200], (2, 3))
     assert shares.argmax(dim=0).tolist() == [[1, 0, 0], [0, 2, 0]]
     expected = np.where(mask == 255, 0, mask)
-    assert (frame_labels(patch_labels(mask, [3, 200], (4, 6)), [3, 200], 1, (4, 6)) == expected).all()
+    assert (frame_labels(patch_labels(mask, [3, 200], (4, 6)), [3, 200], (4, 6), (4, 6)) == expected).all()
 
 
 def test_equal_shares_go_to_the_first_class() -> None:
-    assert (frame_labels(torch.full((3, 2, 2), 1 / 3), [4, 9], 4, (8, 8)) == 0).all()
+    assert (frame_labels(torch.full((3, 2, 2), 1 / 3), [4, 9], (8, 8), (8, 8)) == 0).all()
     shares = torch.tensor([[[0.0]], [[0.5]], [[0.5]]])
-    assert (frame_labels(shares, [4, 9], 4, (5, 7)) == np.full((5, 7), 4)).all()
+    assert (frame_labels(shares, [4, 9], (4, 4), (5, 7)) == np.full((5, 7), 4)).all()
 
 
 @pytest.mark.parametrize(
@@ -202,11 +201,6 @@ def test_equal_shares_go_to_the_first_class() -> None:
 )
 def test_sizes_of_frames(size: tuple[int, int], short: int, multiple: int, expected: tuple[int, int]) -> None:
     assert frame_size(*size, short, multiple) == expected
-
-
-def test_masks_are_resized_by_the_nearest_pixel() -> None:
-    mask = np.arange(12, dtype=np.uint8).reshape(3, 4)
-    assert (resize_mask(resize_mask(mask, (9, 20)), (3, 4)) == mask).all()
 
 
 def test_pixel_features_are_the_pixels_of_a_patch() -> None:
