@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Generator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, TypeVar
 from dino_core.config import ConfigError
 from orchestrator.config import Launcher, RunConfig
 from orchestrator.errors import RunFailed
+from orchestrator.lean_imports import without_compiler
 from orchestrator.overrides import override
 from orchestrator.records import CHECKPOINTS_DIR, RUN_FILE, Journal, RunRecord, read_curves, write_json
 from orchestrator.run_clock import RunClock
@@ -71,12 +72,6 @@ def run_worker(run_dir: Path, place: Place, report: Report) -> None:
         Exception: With several workers, any failure: the others may wait for this one, and the launcher must end them.
     """
     began = time.perf_counter()
-    import torch
-
-    from dino_core.checkpoint import CheckpointError
-    from dino_core.train import NonFiniteLossError
-    from orchestrator.data.stream import TooManyBadSamples
-
     if not (run_dir / RUN_FILE).exists():
         raise FileNotFoundError(
             f"{run_dir}: not visible on this machine; cluster.storage must be a folder that all machines share"
@@ -84,6 +79,13 @@ def run_worker(run_dir: Path, place: Place, report: Report) -> None:
     if read_failure(run_dir) is not None or (run_dir / STOPPED_FILE).exists():
         return
     config = override(RunConfig(), RunRecord.read(run_dir).config)
+    import torch
+
+    with nullcontext() if config.pretrain.model.compile else without_compiler():
+        from dino_core.checkpoint import CheckpointError
+        from dino_core.train import NonFiniteLossError
+        from orchestrator.data.stream import TooManyBadSamples
+
     torch.set_num_threads(config.cluster.cpus_per_worker)
     try:
         with recorded_machine(run_dir, place):

@@ -6,6 +6,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dino_core.eval.alignment import alignment as alignment
+    from dino_core.eval.alignment import uniformity as uniformity
     from dino_core.eval.attention import attention_maps as attention_maps
     from dino_core.eval.attention import mass_masks as mass_masks
     from dino_core.eval.attention import mean_best_jaccard as mean_best_jaccard
@@ -19,11 +21,14 @@ if TYPE_CHECKING:
     from dino_core.eval.masks import jaccard as jaccard
     from dino_core.eval.masks import video_scores as video_scores
     from dino_core.eval.rank import alpha_req as alpha_req
+    from dino_core.eval.rank import effective_rank as effective_rank
     from dino_core.eval.rank import lidar as lidar
     from dino_core.eval.rank import rankme as rankme
     from dino_core.eval.video import propagate_labels as propagate_labels
 
 _MODULES = {
+    "alignment": "dino_core.eval.alignment",
+    "uniformity": "dino_core.eval.alignment",
     "attention_maps": "dino_core.eval.attention",
     "mass_masks": "dino_core.eval.attention",
     "mean_best_jaccard": "dino_core.eval.attention",
@@ -37,6 +42,7 @@ _MODULES = {
     "jaccard": "dino_core.eval.masks",
     "video_scores": "dino_core.eval.masks",
     "alpha_req": "dino_core.eval.rank",
+    "effective_rank": "dino_core.eval.rank",
     "lidar": "dino_core.eval.rank",
     "rankme": "dino_core.eval.rank",
     "propagate_labels": "dino_core.eval.video",

@@ -122,7 +122,8 @@ class Job:
     def leave_out(self, images: Images, sample: int, reason: str) -> None:
         """Count an image that cannot be read, and log it the first time."""
         if (images.digest, sample) not in self._left_out:
-            logger.warning("%s leaves out %s: %s", self.target.name, images.split.name(sample), reason)
+            name = images.split.name(sample)
+            logger.warning("%s: the %s image %s is left out: %s", self.target.name, images.name, name, reason)
         self._left_out.add((images.digest, sample))
 
     @property

@@ -77,6 +77,7 @@ class Segmentation:
 
     def check(self, job: Job, options: SegmentationOptions) -> None:
         from dino_core.eval.attention import has_attention_maps
+        from dino_core.eval.masks import object_labels
 
         if not has_attention_maps(job.target.backbone):
             raise ConfigError(
@@ -86,6 +87,8 @@ class Segmentation:
         parts = _images(options)
         for part in parts:
             part.check_sizes(f"segmentation.source = {options.source}")
+        if not any(object_labels(part.mask(place)) for part in parts for place in range(len(part))):
+            raise ConfigError(f"segmentation.source = {options.source}: no mask holds an object")
         _check_sizes(job, options, parts)
 
     def run(self, job: Job, options: SegmentationOptions, folder: Path) -> SuiteResult:
@@ -110,7 +113,7 @@ class Segmentation:
                         _draw(job, options, image, folder / "pictures")
                         num_drawn += 1
         if not floors:
-            raise RunFailed(f"segmentation.source = {options.source}: no mask holds an object")
+            raise RunFailed(f"segmentation.source = {options.source}: no image with an object can be read")
         metrics, heads_table = _summary(fits)
         metrics["whole_image_jaccard"] = 100 * float(np.mean(floors))
         notes = ["the truth chooses the head for each object, so jaccard_* grows with the number of heads"]

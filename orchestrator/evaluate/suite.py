@@ -22,6 +22,7 @@ SUITES = {
     "knn": "k-NN classification of test images among the training images",
     "segmentation": "attention of the class token, and masks made of it, against objects",
     "video": "video object segmentation by label propagation",
+    "label_free": "scores that need no label: RankMe, LiDAR, alpha-ReQ, effective rank, uniformity, alignment",
 }
 """Every suite by name, with a line for people."""
 

@@ -148,8 +148,9 @@ def _load(checkpoint: Path, settings: FeaturesConfig) -> Backbone:
 
 def _crops(loaded: Backbone) -> CropsConfig:
     """The augmentation of a checkpoint's run; lists of JSON are tuples here."""
-    values: dict[str, Any] = loaded.config["crops"]
-    return CropsConfig(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    stored = loaded.config["crops"].items()
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in stored}
+    return CropsConfig(**values)
 
 
 def _released(name: str, settings: FeaturesConfig) -> Target:
