@@ -290,7 +290,7 @@ def listing(text: str) -> Callable[[Path], object]:
         (None, {"year": "2016"}, ["video.year = 2016"]),
         (None, {"size": 60}, ["video.size = 60: must be a multiple of the patch size 8, such as 56 or 64"]),
         (None, {"multiple": 4}, ["video.multiple = 4", "such as 8"]),
-        (None, {"num_frames": 2}, ["video.num_frames = 2: must be >= 3"]),
+        (None, {"num_frames": 2}, ["video.num_frames = 2: must be a whole number >= 3"]),
         (None, {"temperature": 0}, ["video.temperature = 0"]),
         (None, {"topkk": 3}, ["did you mean video.topk?"]),
     ],
@@ -339,7 +339,7 @@ def test_images_that_are_refused(targets: dict[str, Target], pairs: Path) -> Non
     (pairs / "names.txt").write_text("a\nc\n")
     message = refuse("segmentation", vit, of_pairs(pairs, names=str(pairs / "names.txt"), size=4))
     assert "segmentation.size = 4: a.jpg: 5 x 4 pixels: must be 8 x 8 at least" in message
-    assert "mass = (0.5, 1.2): must be" in refuse("segmentation", vit, of_pairs(pairs, mass="0.5,1.2"))
+    assert "segmentation.mass = 0.5,1.2: must be" in refuse("segmentation", vit, of_pairs(pairs, mass="0.5,1.2"))
     (pairs / "masks/c.png").write_bytes(b"no image")
     message = refuse("segmentation", vit, of_pairs(pairs, names=str(pairs / "names.txt")))
     assert "masks/c.png: must be a mask" in message
