@@ -21,7 +21,7 @@ from orchestrator.errors import RunFailed
 from orchestrator.lean_imports import without_compiler
 from orchestrator.overrides import override
 from orchestrator.records import CHECKPOINTS_DIR, RUN_FILE, Journal, RunRecord, read_curves, write_json
-from orchestrator.run_clock import RunClock
+from orchestrator.run_clock import EvaluationBudget, RunClock
 from orchestrator.stoppers import STOPPED_FILE, Collapsed, CollapseStopper, first_judged_step, stop_of
 from orchestrator.system_metrics import recorded_machine
 
@@ -162,7 +162,7 @@ def _train(run_dir: Path, config: RunConfig, place: Place, report: Report, began
                 pictures = Pictures(config, source, loader, run_dir) if place.rank == 0 else None
                 evaluate = _with_pictures(evaluate, pictures)
             if evaluate is not None:
-                evaluate = _timed(evaluate, clock)
+                evaluate = _timed(evaluate, clock, place)
             clock.started()
             train(state, finished, on_log=on_log, on_checkpoint=on_checkpoint, evaluate=evaluate)
             if evaluate is None:  # else the last evaluation told that the run is complete
@@ -175,11 +175,19 @@ def _train(run_dir: Path, config: RunConfig, place: Place, report: Report, began
             journal.close()
 
 
-def _timed(evaluate: Evaluate, clock: RunClock) -> Evaluate:
-    """An evaluation that also says where the time of the run went, its own included."""
+def _timed(evaluate: Evaluate, clock: RunClock, place: Place) -> Evaluate:
+    """An evaluation that also says where the time of the run went, its own included; left out where it would take more
+    of it than `pretrain.eval.max_share`."""
+    budget: EvaluationBudget | None = None
 
     def timed(state: TrainState) -> dict[str, float]:
-        with clock.during("evaluation"):
+        nonlocal budget
+        max_share = state.config.eval.max_share
+        budget = budget or EvaluationBudget(max_share)
+        is_between = 0 < state.step < state.schedules.total_steps
+        if is_between and max_share is not None and not _same_on_all_ranks(budget.allows(), place):
+            return {"time/evaluations_left_out": budget.num_left_out}
+        with clock.during("evaluation"), budget.another() if is_between else budget.first():
             metrics = evaluate(state)
         return metrics | clock.parts()
 

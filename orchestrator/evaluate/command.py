@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +13,8 @@ import click
 from click.shell_completion import CompletionItem
 
 if TYPE_CHECKING:
+    from rich.progress import TaskID
+
     from orchestrator.evaluate.record import Evaluation
 
 
@@ -73,8 +77,31 @@ def evaluate(words: tuple[str, ...], config_file: str | None, local: bool, form:
     def tell(line: str) -> None:
         click.echo(line, err=True)
 
-    found = run_suites(suites, target, changes, local=local, tell=tell)
+    with _progress() as progress:
+        found = run_suites(suites, target, changes, local=local, tell=tell, progress=progress)
     click.echo(json.dumps(as_json(target, found), indent=2) if form == "json" else as_table(found))
+
+
+@contextmanager
+def _progress() -> Generator[Callable[[str, int, int], None]]:
+    """A bar on the terminal, if there is one, for each set of images whose features are taken."""
+    if not sys.stderr.isatty():
+        yield lambda name, done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        tasks: dict[tuple[str, int], TaskID] = {}
+
+        def advance(name: str, done: int, total: int) -> None:
+            task = tasks.get((name, total))
+            if task is None:
+                task = tasks[name, total] = bar.add_task(f"{name} features", total=total)
+            bar.update(task, completed=done)
+
+        yield advance
 
 
 def as_json(target: str, evaluations: Sequence[Evaluation]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
@@ -74,22 +75,27 @@ class _Here:
 
 
 class _OnRay:
-    """Tasks of `cluster.cpus_per_worker` CPUs, with `cluster.use_gpu` of one GPU. Connects when it is first needed."""
+    """Tasks of `cluster.cpus_per_worker` CPUs, with `cluster.use_gpu` of one GPU.
+
+    Connects when it is first needed, unless this process is connected already.
+    """
 
     def __init__(self, config: RunConfig) -> None:
         self._config = config
-        self._capacity: Capacity | None = None
+        self._has_connected = False
 
     def parts(self, backbone: nn.Module, images: Images, view: View, shares: Iterable[Share]) -> Iterator[Part]:
-        if self._capacity is None:
-            self._capacity = connect(self._config, dashboard=False)
+        if "ray" not in sys.modules or not sys.modules["ray"].is_initialized():
+            connect(self._config, dashboard=False)
+            self._has_connected = True
         import ray
-        from ray.exceptions import RayError
+        from ray.exceptions import RayError, RayTaskError
 
+        capacity = Capacity.of_connected_cluster()
         cluster = self._config.cluster
         options = {"num_cpus": cluster.cpus_per_worker, "num_gpus": int(cluster.use_gpu)}
         task = ray.remote(_extract).options(**options)
-        at_once = self._capacity.gpus if cluster.use_gpu else self._capacity.cpus // cluster.cpus_per_worker
+        at_once = max(1, int(capacity.gpus if cluster.use_gpu else capacity.cpus // cluster.cpus_per_worker))
         common = ray.put(backbone.cpu()), ray.put(images), ray.put(view)
         waiting: deque[Any] = deque()
         rest = iter(shares)
@@ -101,8 +107,10 @@ class _OnRay:
                     return
                 rows, bad = ray.get(waiting.popleft())
                 yield torch.tensor(rows), bad
-        except StorageError as error:  # a task's own error comes as one of both classes
-            raise RunFailed(first_line(error)) from error
+        except RayTaskError as error:
+            if isinstance(error.cause, StorageError):
+                raise RunFailed(str(error.cause)) from error
+            raise
         except RayError as error:
             raise RunFailed(f"Ray could not take features: {first_line(error)}") from error
         finally:
@@ -110,8 +118,9 @@ class _OnRay:
                 ray.cancel(left)
 
     def close(self) -> None:
-        if self._capacity is not None:
+        if self._has_connected:
             disconnect()
+            self._has_connected = False
 
 
 def _extract(
