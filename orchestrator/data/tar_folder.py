@@ -37,7 +37,7 @@ class TarFolder:
         """See `Folder`."""
         below = {
             name.removeprefix(self.prefix): FileStat(member.size, 0)
-            for name, member in _members(self.folder, self.archive).items()
+            for name, member in self._members().items()
             if name.startswith(self.prefix)
         }
         return {
@@ -65,8 +65,11 @@ class TarFolder:
         """See `Folder`."""
         return TarFolder(self.folder, self.archive, f"{self.prefix}{name}/")
 
+    def _members(self) -> dict[str, Member]:
+        return _members_of(self.folder, self.archive)  # type: ignore[arg-type]  # folders are frozen dataclasses
+
     def _member(self, name: str) -> Member:
-        member = _members(self.folder, self.archive).get(self.prefix + name)
+        member = self._members().get(self.prefix + name)
         if member is None:
             raise FileNotFoundError(2, "no such file in the archive", f"{self.address}/{name}")
         return member
@@ -79,15 +82,16 @@ def open_archive(key: str, place: Place) -> TarFolder:
         ConfigError: It is none, compressed, or not whole. Names `key`.
     """
     (name,) = place.files
+    found = TarFolder(place.folder, name)
     try:
-        _members(place.folder, name)
+        found.files()
     except (TarError, OSError) as error:
         raise ConfigError(f"{key} = {place.address}: {error}; must be a folder or a tar archive") from error
-    return TarFolder(place.folder, name)
+    return found
 
 
 @lru_cache(maxsize=4)
-def _members(folder: Folder, archive: str) -> dict[str, Member]:
+def _members_of(folder: Folder, archive: str) -> dict[str, Member]:
     with folder.open(archive) as file:
         members = list(walk(Window(file, _BUFFER_BYTES)))
     return {member.name.decode("utf-8", "surrogateescape").removeprefix("./"): member for member in members}
