@@ -1,14 +1,4 @@
-"""From what the command line calls a target to a frozen backbone, and how its images are made.
-
-::
-
-    RUN                 the newest whole checkpoint of a run, by the run's name or folder
-    CHECKPOINT          the folder of a checkpoint
-    FILE                weights that the authors of DINO or DINOv2 released (.pth, .safetensors)
-    NAME                a timm model with its pretrained weights; also local-dir:FOLDER and hf-hub:OWNER/NAME
-    random:NAME         the architecture of any of these but FILE, with random weights
-    pixels              the pixels themselves
-"""
+"""From the name of a target to a frozen backbone, and how its images are made."""
 
 from __future__ import annotations
 
@@ -22,20 +12,17 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dino_core.backbone_names import backbone_names, check_backbone_name, sizing
+from dino_core.backbone_names import sizing
 from dino_core.backbones import build_backbone
 from dino_core.config import ConfigError, CropsConfig, EvalConfig, ModelConfig
 from dino_core.eval.features import evaluating
 from dino_core.export import Backbone, ExportError, load_backbone
+from orchestrator.evaluate.names import OF_TIMM, PIXELS, Named, resolve
 from orchestrator.evaluate.settings import FeaturesConfig
-from orchestrator.export import find_checkpoints, newest_whole
+from orchestrator.export import newest_whole
 from orchestrator.overrides import did_you_mean
 from orchestrator.records import RUN_FILE, RunRecord
 
-PIXELS = "pixels"
-RANDOM = "random:"
-_OF_TIMM = ("local-dir:", "hf-hub:")
-_RELEASED = (".pth", ".pt", ".safetensors")
 _PIXELS_SIZE = 32
 _REFUSALS = (AssertionError, RuntimeError, ValueError)
 
@@ -107,27 +94,24 @@ def find_target(name: str, settings: FeaturesConfig, storage: str) -> Target:
         ConfigError: There is none (naming the nearest), its weights cannot be had or are of another architecture, or it
             does not take images of `features.image_size`.
     """
-    if name == PIXELS:
-        return _finished(name, "pixels", PIXELS, Pixels(), _preprocessing({"input_size": [3, _PIXELS_SIZE]}), settings)
-    if name.startswith(RANDOM):
-        return _random(name, settings, storage)
-    place = _checkpoint_place(name, storage)
-    if place is not None:
-        return _of_checkpoint(name, place, settings)
-    if Path(name).suffix in _RELEASED and not name.startswith(_OF_TIMM):
-        return _released(name, settings)
-    return _pretrained(name, settings, storage)
+    named = resolve(name, storage)
+    if named.is_random:
+        return _random(named, settings)
+    match named.kind:
+        case "pixels":
+            image = _preprocessing({"input_size": [3, _PIXELS_SIZE]})
+            return _finished(name, "pixels", PIXELS, Pixels(), image, settings)
+        case "checkpoint":
+            return _of_checkpoint(named, settings)
+        case "released":
+            return _released(name, settings)
+        case "timm":
+            return _pretrained(name, settings)
 
 
-def _checkpoint_place(name: str, storage: str) -> Path | None:
-    """The checkpoint or the folder of checkpoints that is meant; None if it is no folder that is there."""
-    if not any(path.is_dir() for path in (Path(storage) / name, Path(name))):
-        return None
-    return find_checkpoints(name, storage)
-
-
-def _of_checkpoint(name: str, place: Path, settings: FeaturesConfig) -> Target:
-    checkpoint = newest_whole(name, place)
+def _of_checkpoint(named: Named, settings: FeaturesConfig) -> Target:
+    name = named.name
+    checkpoint = newest_whole(name, named.checkpoints)
     loaded = _load(checkpoint, settings)
     run_dir = checkpoint.parent.parent
     known = dict[str, Any](crops=_crops(loaded), step=int(loaded.origin["step"]), network=settings.network)
@@ -167,33 +151,29 @@ def _released(name: str, settings: FeaturesConfig) -> Target:
     return _finished(name, "released", found.name, model, _preprocessing({"input_size": [3, 224]}), settings)
 
 
-def _random(name: str, settings: FeaturesConfig, storage: str) -> Target:
+def _random(named: Named, settings: FeaturesConfig) -> Target:
     """An architecture with random weights: of a run as the training would have drawn them from that seed."""
-    inner = name.removeprefix(RANDOM)
-    place = _checkpoint_place(inner, storage)
     known: dict[str, Any] = {}
-    if place is not None:
-        loaded = _load(newest_whole(inner, place), settings)
+    if named.kind == "checkpoint":
+        loaded = _load(newest_whole(named.inner, named.checkpoints), settings)
         model = ModelConfig(**loaded.config["model"])
         image = _preprocessing(loaded.preprocessing)
         known["crops"] = _crops(loaded)
     else:
-        _check_name(inner, storage)
-        model, image = ModelConfig(backbone=inner), _preprocessing(_known_by_timm(inner))
+        model, image = ModelConfig(backbone=named.inner), _preprocessing(_known_by_timm(named.inner))
     size = settings.image_size or image.size
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(settings.seed)
         backbone = build_backbone(replace(model, drop_path=0.0, activation_checkpointing=False), size)
-    return _finished(name, "random", model.backbone, backbone, image, settings, **known)
+    return _finished(named.name, "random", model.backbone, backbone, image, settings, **known)
 
 
-def _pretrained(name: str, settings: FeaturesConfig, storage: str) -> Target:
+def _pretrained(name: str, settings: FeaturesConfig) -> Target:
     """A timm model with the weights that timm knows."""
     import timm
 
     arguments: dict[str, Any] = {}
-    if not name.startswith(_OF_TIMM):
-        _check_name(name, storage)
+    if not name.startswith(OF_TIMM):
         entry, _, tag = name.partition(".")
         tags = timm.list_pretrained(f"{entry}.*") if timm.is_model_pretrained(entry) else []
         if not tags:
@@ -210,18 +190,6 @@ def _pretrained(name: str, settings: FeaturesConfig, storage: str) -> Target:
         raise ConfigError(f"{name}: timm cannot load its weights: {_first_line(error)}") from error
     known: Any = model.pretrained_cfg
     return _finished(name, "timm", str(known.get("architecture", name)), model, _preprocessing(known), settings)
-
-
-def _check_name(name: str, storage: str) -> None:
-    """Raise ConfigError if timm has no such model; near names are those of runs, too."""
-    try:
-        check_backbone_name(name.partition(".")[0])
-    except ConfigError as error:
-        runs = [path.parent.name for path in Path(storage).glob(f"*/{RUN_FILE}")]
-        near = did_you_mean(name, [*runs, *backbone_names(), PIXELS])
-        raise ConfigError(
-            f"no run in {storage}, checkpoint, or timm model {name!r}{near}; docs/evaluation.md lists what can be named"
-        ) from error
 
 
 def _known_by_timm(name: str) -> Mapping[str, Any]:
