@@ -69,7 +69,8 @@ def make_evaluate(
         return None
     if digest is None:
         return _Evaluation(config, source, digest)
-    depends_on = (digest, config.data, config.cluster, config.pretrain.crops, config.pretrain.eval, rank(), world_size())
+    settings = (config.data, config.cluster, config.pretrain.crops, config.pretrain.eval)
+    depends_on = (digest, *settings, rank(), world_size())
     for made_for in [key for key in _kept if key != depends_on]:
         del _kept[made_for]
     if depends_on not in _kept:
