@@ -173,8 +173,9 @@ def _predict(job: Job, options: VideoOptions, sequence: Masked, first: NDArray[n
         raise RunFailed(f"{sequence.folder.address}/{sequence.images[place]} cannot be read: {reason}")
     labels = object_labels(first)
     grid = found.rows.shape[1], found.rows.shape[2]
+    parameter = next(job.target.backbone.parameters(), found.rows)  # labels are carried where the backbone is
     shares = propagate_labels(
-        found.rows,
+        (frame.to(parameter.device) for frame in found.rows),
         patch_labels(first, labels, grid, options.first_mask),
         num_previous=options.num_previous,
         radius=options.radius,
