@@ -23,10 +23,11 @@ from PIL import Image, UnidentifiedImageError
 
 from dino_core.config import ConfigError
 from orchestrator.data.loaders import Decoder
-from orchestrator.data.readers.folder import IMAGE_SUFFIXES, Files
+from orchestrator.data.readers.folder import Files
 from orchestrator.data.split import DIGEST_LENGTH, Split
 from orchestrator.data.storage import Folder, find, is_url
 from orchestrator.data.tar_folder import open_archive
+from orchestrator.evaluate.image_files import is_image
 from orchestrator.overrides import did_you_mean
 
 if TYPE_CHECKING:
@@ -293,7 +294,7 @@ def _by_sequence(files: Sequence[str], prefix: str) -> dict[str, dict[str, str]]
     """Files below `prefix` by sequence and stem, in order of the stems."""
     found: dict[str, dict[str, str]] = {}
     for name in files:
-        if name.startswith(prefix) and name.count("/") == prefix.count("/") + 1 and _is_image(name):
+        if name.startswith(prefix) and name.count("/") == prefix.count("/") + 1 and is_image(name):
             sequence = name.removeprefix(prefix).split("/")[0]
             found.setdefault(sequence, {})[PurePosixPath(name).stem] = name
     return {sequence: dict(sorted(stems.items())) for sequence, stems in sorted(found.items())}
@@ -301,11 +302,7 @@ def _by_sequence(files: Sequence[str], prefix: str) -> dict[str, dict[str, str]]
 
 def _by_stem(names: Sequence[str]) -> dict[str, str]:
     """Images among files, by path without suffix, in order."""
-    return {str(PurePosixPath(name).with_suffix("")): name for name in names if _is_image(name)}
-
-
-def _is_image(name: str) -> bool:
-    return PurePosixPath(name).suffix.casefold() in IMAGE_SUFFIXES
+    return {str(PurePosixPath(name).with_suffix("")): name for name in names if is_image(name)}
 
 
 def _opened(folder: Folder, name: str, what: str) -> Image.Image:
