@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 SUITES = {
     "knn": "k-NN classification of test images among the training images",
+    "segmentation": "attention of the class token, and masks made of it, against objects",
+    "video": "video object segmentation by label propagation",
     "retrieval": "mAP of images of the same class or object: own labels, or revisited Oxford and Paris",
     "copy_detection": "mAP of changed copies of images, for each kind of change",
     "label_free": "scores that need no label: RankMe, LiDAR, alpha-ReQ, effective rank, uniformity, alignment",
