@@ -43,6 +43,10 @@ _RAW_PIXEL_VALUES = 1 << 28
 """Raw pixels are classified too, as a floor to compare with, while a gallery holds no more values than this."""
 
 
+_kept: dict[tuple[object, ...], _Evaluation] = {}
+"""The last evaluation made in this process, with its images: the next trial of a sweep mostly needs the same."""
+
+
 def make_evaluate(
     config: RunConfig, source: Source, digest: str | None = None
 ) -> Callable[[TrainState], dict[str, float]] | None:
@@ -63,7 +67,15 @@ def make_evaluate(
     """
     if not source.has_test_labels and not config.pretrain.eval.num_label_free:
         return None
-    return _Evaluation(config, source, digest)
+    if digest is None:
+        return _Evaluation(config, source, digest)
+    settings = (config.data, config.cluster, config.pretrain.crops, config.pretrain.eval)
+    depends_on = (digest, *settings, rank(), world_size())
+    for made_for in [key for key in _kept if key != depends_on]:
+        del _kept[made_for]
+    if depends_on not in _kept:
+        _kept[depends_on] = _Evaluation(config, source, digest)
+    return _kept[depends_on]
 
 
 class _Evaluation:

@@ -38,7 +38,7 @@ def without_compiler() -> Iterator[None]:
             return
         disable, stand_ins = torch.compiler.disable, _stand_ins()
         sys.modules.update(stand_ins)
-        torch.compiler.disable = _disable  # type: ignore[assignment]
+        torch.compiler.disable = _disable
         try:
             import torchvision  # noqa: F401  # asks by a name that it imports from the compiler
         except ImportError:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -121,8 +121,9 @@ def _sweep_run(folder: Path, sweep: dict[str, Any], state: RunState, started_at:
     params: dict[str, Any] = {f"space/{key}": json.dumps(values) for key, values in sweep["space"].items()}
     rows = sweep.get("rows", {})  # sweeps written before there were rows have none
     params |= {"rows": ", ".join(rows)} if rows else {}
-    # A search adds trials as it goes, and a param is told once.
+    # A search or a population adds trials as it goes, and a param is told once.
     count = sweep["num_trials"] * sweep["seeds"] if sweep.get("design") == "optuna" else len(sweep["trials"])
+    count = sweep.get("num_segments") or count
     params |= {"seeds": sweep["seeds"], "trials": count, "metric": sweep["metric"]}
     params |= {name: sweep[name] for name in ("mode", "metric_why") if name in sweep}
     files = (SWEEP_FILE, REPORT_FILE, *COMPARISON_FILES.values())
@@ -145,6 +146,8 @@ def _run(run_dir: Path, record: RunRecord, state: RunState, started_at: float, p
         "mlflow.source.name": f"sweep {record.sweep}" if parent else f"pretrain {record.recipe}",
         "mlflow.source.type": "LOCAL",
     }
+    if record.segment is not None:
+        tags |= {name: str(value) for name, value in asdict(record.segment).items() if value is not None}
     tags |= _recorded_tags(run_dir / ENVIRONMENT_FILE) | _end(state)
     if "ray_submission_id" in tags:
         tags |= {"mlflow.source.type": "JOB"}

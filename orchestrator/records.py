@@ -209,6 +209,19 @@ def read_states(folder: Path) -> dict[str, RunState]:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Segment:
+    """The part of a run that a trial of a population trains: one generation of one member."""
+
+    member: int
+    generation: int
+    start_step: int
+    stop_step: int
+    """Training ends before this step; schedules are those of the whole run."""
+    parent: str | None = None
+    """Trial whose checkpoint at `start_step` it goes on from; None in the first generation."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunRecord:
     """What a run is; written before it starts."""
 
@@ -233,6 +246,8 @@ class RunRecord:
     """What those numbers were measured with."""
     stop_collapsed: bool = False
     """Whether the run is ended when it has collapsed."""
+    segment: Segment | None = None
+    """Of a trial in population-based training: which part of a run it is."""
     git_commit: str | None = None
     """With "-dirty" behind it if files differed."""
     data_digest: str | None = None
@@ -248,6 +263,11 @@ class RunRecord:
         labels["paper/setting"] = self.paper_setting if self.paper else None
         return {name: value for name, value in labels.items() if value is not None and value != ""}
 
+    @property
+    def last_step(self) -> int:
+        """The step before which its training ends."""
+        return self.segment.stop_step if self.segment is not None else int(self.derived["total_steps"])
+
     def write(self, run_dir: Path) -> None:
         write_json(run_dir / RUN_FILE, asdict(self))
 
@@ -258,6 +278,9 @@ class RunRecord:
         """
         path = run_dir / RUN_FILE
         try:
-            return cls(**read_json(path))
+            content = read_json(path)
+            if content.get("segment") is not None:
+                content["segment"] = Segment(**content["segment"])
+            return cls(**content)
         except TypeError as error:  # fields that are missing, or that nobody knows
             raise ConfigError(f"{path}: damaged: {error}") from error

@@ -49,8 +49,14 @@ def _complete(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> 
     help="YAML or JSON file of settings, applied before KEY=VALUE.",
 )
 @click.option("--local", is_flag=True, help="In this process, without Ray (short for cluster.launcher=local).")
+@click.option(
+    "--as",
+    "label",
+    metavar="LABEL",
+    help="Log the metrics as evaluate/LABEL/SUITE/..., apart from those of other images or options.",
+)
 @click.option("--format", "form", type=click.Choice(["table", "json"]), default="table", show_default=True)
-def evaluate(words: tuple[str, ...], config_file: str | None, local: bool, form: str) -> None:
+def evaluate(words: tuple[str, ...], config_file: str | None, local: bool, label: str | None, form: str) -> None:
     """Evaluate a frozen backbone by SUITE.
 
     TARGET is a run in the storage folder or the path of one, a checkpoint's folder, a file of weights that DINO or
@@ -78,7 +84,7 @@ def evaluate(words: tuple[str, ...], config_file: str | None, local: bool, form:
         click.echo(line, err=True)
 
     with _progress() as progress:
-        found = run_suites(suites, target, changes, local=local, tell=tell, progress=progress)
+        found = run_suites(suites, target, changes, label=label, local=local, tell=tell, progress=progress)
     click.echo(json.dumps(as_json(target, found), indent=2) if form == "json" else as_table(found))
 
 

@@ -14,7 +14,7 @@ from orchestrator.evaluate.record import Evaluation, deliver_results, open_home,
 from orchestrator.evaluate.settings import Settings, read_settings
 from orchestrator.evaluate.suite import Suite, load_suite
 from orchestrator.overrides import override
-from orchestrator.runs import with_absolute_paths
+from orchestrator.runs import check_name, with_absolute_paths
 
 if TYPE_CHECKING:
     from orchestrator.evaluate.job import Job
@@ -25,6 +25,7 @@ def evaluate(
     target: str,
     changes: Mapping[str, Any] | None = None,
     *,
+    label: str | None = None,
     local: bool = False,
     tell: Callable[[str], None] = print,
     progress: Callable[[str, int, int], None] = lambda name, done, total: None,
@@ -36,6 +37,7 @@ def evaluate(
         target: A run, checkpoint, timm model, ...: see `orchestrator.evaluate.names`.
         changes: Settings by dotted key: `features.*`, `<suite>.*`, `data.*`, `cluster.*`, `tracking.*`. The images are
             those of the target's run unless `data.source` is among them.
+        label: What keeps the metrics apart from others of the same run: `evaluate/<label>/<suite>/...`.
         local: In this process without Ray (`cluster.launcher = local`).
         tell: Takes a line for people, as it comes.
         progress: Told how many images of how many have features, and what they are (`train`, `test`, ...).
@@ -45,6 +47,8 @@ def evaluate(
         RunFailed: No image can be read, features are not finite, or Ray failed.
     """
     changes = dict(changes or {})
+    if label is not None:
+        check_name(label)
     if local and changes.setdefault("cluster.launcher", "local") != "local":
         raise ConfigError(f"cluster.launcher = {changes['cluster.launcher']}: must be local with --local")
     chosen = [load_suite(name) for name in dict.fromkeys(suites)]
@@ -73,7 +77,7 @@ def evaluate(
         for suite in chosen:
             began = time.perf_counter()
             job, options = jobs[suite.name], settings.options[suite.name]
-            with record_result(job, suite.name, options) as pending:
+            with record_result(job, suite.name, options, label) as pending:
                 pending.result = suite.run(job, options, pending.folder)
             evaluations.append(pending.evaluation)
             tell(f"{suite.name}: {time.perf_counter() - began:.1f} s; {pending.evaluation.folder}")

@@ -62,7 +62,7 @@ class Evaluation:
     suite: str
     folder: Path
     metrics: dict[str, float]
-    """By the names that they have in MLflow: `evaluate/<suite>/...`."""
+    """By the names that they have in MLflow: `evaluate/<suite>/...`, or with the label before the suite."""
     content: dict[str, Any]
     """Of `result.json`."""
 
@@ -78,8 +78,13 @@ class Pending:
 
 
 @contextmanager
-def record_result(job: Job, suite: str, options: CheckedConfig) -> Iterator[Pending]:
-    """A folder for the suite's files, which takes its final name with the result, at the end of the block."""
+def record_result(job: Job, suite: str, options: CheckedConfig, label: str | None = None) -> Iterator[Pending]:
+    """A folder for the suite's files, which takes its final name with the result, at the end of the block.
+
+    Args:
+        label: What keeps the metrics apart from others of the suite: `evaluate/<label>/<suite>/...`.
+    """
+    prefix = "/".join(["evaluate", *([label] if label else []), suite])
     home = home_of(job.target, job.config) / EVALUATIONS_DIR
     partial = home / f".partial-{suite}-{os.getpid()}"
     shutil.rmtree(partial, ignore_errors=True)
@@ -90,8 +95,8 @@ def record_result(job: Job, suite: str, options: CheckedConfig) -> Iterator[Pend
         yield pending
         result = pending.result
         assert result is not None
-        metrics = {f"evaluate/{suite}/{name}": float(value) for name, value in result.metrics.items()}
-        asked = _asked(job, options)
+        metrics = {f"{prefix}/{name}": float(value) for name, value in result.metrics.items()}
+        asked = {"label": label, **_asked(job, options)}
         content: dict[str, Any] = {"suite": suite, "metrics": metrics, "notes": list(result.notes), **asked}
         content |= {"unreadable_images": job.num_left_out, "seconds": round(time.perf_counter() - began, 3)}
         final = home / _name(suite, asked)
@@ -115,8 +120,16 @@ def home_of(target: EvaluatedTarget, config: RunConfig) -> Path:
 
 
 def open_home(target: EvaluatedTarget, config: RunConfig) -> None:
-    """Write down what is evaluated, where it is no run and has no folder yet."""
+    """Make the folder of the results, and write down what is evaluated where it is no run.
+
+    Raises:
+        ConfigError: Nothing can be written there.
+    """
     home = home_of(target, config)
+    try:
+        (home / EVALUATIONS_DIR).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{home}: results cannot be written there: {error.strerror}") from error
     if target.run_dir is not None or (home / TARGET_FILE).exists():
         return
     tracking = {key: value for key, value in flatten(config).items() if key.startswith("tracking.")}

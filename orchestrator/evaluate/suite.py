@@ -23,6 +23,10 @@ SUITES = {
     "linear": "linear classifiers by SGD on class tokens and patches, a grid of them in one pass",
     "logistic": "logistic regression, for small sets",
     "clustering": "k-means against the classes, and maps of features and class means",
+    "segmentation": "attention of the class token, and masks made of it, against objects",
+    "video": "video object segmentation by label propagation",
+    "retrieval": "mAP of images of the same class or object: own labels, or revisited Oxford and Paris",
+    "copy_detection": "mAP of changed copies of images, for each kind of change",
     "label_free": "scores that need no label: RankMe, LiDAR, alpha-ReQ, effective rank, uniformity, alignment",
 }
 """Every suite by name, with a line for people."""

@@ -183,6 +183,18 @@ def test_neighbours_more_than_the_gallery_holds(capsys: pytest.CaptureFixture[st
     assert values[0] == values[1]
 
 
+def test_a_label_keeps_results_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["evaluate", "knn", RUN, "--local", *OPTIONS, "features.network=student"]
+    assert cli.main([*command, "--as", "of_student"]) == 0
+    assert "evaluate/of_student/knn/top1_k5 " in capsys.readouterr().out
+    curves = load_from_disk(Path("runs", RUN))[0].curves
+    assert curves["evaluate/of_student/knn/top1_k5"] == [
+        (STEP, run("knn", RUN, features__network="student").metrics["evaluate/knn/top1_k5"])
+    ]
+    assert cli.main([*command, "--as", "of/student"]) == 2
+    assert "name 'of/student': must be" in capsys.readouterr().err
+
+
 # --- targets ----------------------------------------------------------------------------------------------------------
 
 
@@ -412,6 +424,15 @@ def test_a_checkpoint_of_another_architecture_is_refused(tmp_path: Path, capsys:
     (place,) = tmp_path.iterdir()
     assert cli.main(["evaluate", "knn", str(place), "--local", "data.source=digits"]) == 2
     assert "the backbone is not the vit_tiny_patch16_224 of its configuration" in capsys.readouterr().err
+
+
+def test_a_folder_that_takes_no_results_is_told_first(computed: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    home = Path("runs", "evaluate-random-test_vit-" + target("random:test_vit").digest[:8])
+    home.write_text("in the way")
+    assert cli.main(["evaluate", "knn", "random:test_vit", "--local", "data.source=digits"]) == 2
+    home.unlink()
+    assert "results cannot be written there: Not a directory" in capsys.readouterr().err
+    assert computed == []
 
 
 def test_a_run_that_trains_is_left_to_its_driver(capsys: pytest.CaptureFixture[str]) -> None:
