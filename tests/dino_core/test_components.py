@@ -155,6 +155,10 @@ def test_accumulation_gives_the_large_batch(config: PretrainConfig) -> None:
         with pytest.raises(ConfigError, match="accumulate_steps > 1; the gradient through the negatives"):
             dataclasses.replace(config, accumulate_steps=4)
         return
+    if config.loss.koleo_weight and config.loss.koleo_group_size != 2:
+        with pytest.raises(ConfigError, match="the gradient through the neighbours needs them at once"):
+            dataclasses.replace(config, accumulate_steps=4)
+        return
     accumulating = dataclasses.replace(config, accumulate_steps=4)
     whole, parts = (TrainState.create(c, NUM_SAMPLES) for c in (config, accumulating))
     if any(isinstance(module, _BatchNorm) for module in whole.student.modules()):
