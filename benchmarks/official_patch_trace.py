@@ -400,9 +400,7 @@ class _OneAfterTheOther:
 
 
 def _positions(backbone: Any, x: Tensor, width: int, height: int) -> Tensor:
-    shown = SimpleNamespace(
-        patch_embed=SimpleNamespace(patch_size=backbone.patch_size), pos_embed=backbone.pos_embed
-    )
+    shown = SimpleNamespace(patch_embed=SimpleNamespace(patch_size=backbone.patch_size), pos_embed=backbone.pos_embed)
     return _interpolate(shown, x, width, height)
 
 
