@@ -54,9 +54,6 @@ class ModelConfig(CheckedConfig):
     """Stochastic depth rate of the last block; student only (--drop_path_rate | student.drop_path_rate)."""
     drop_path_schedule: Literal["linear", "uniform"] = "linear"
     """Over the blocks the rate rises from 0, or is the same in all of them (- | student.drop_path_uniform)."""
-    drop_path_skips: bool = False
-    """Do not compute branches for the crops that stochastic depth drops, of a ViT: the same result to rounding for less
-    time and memory at high rates (- | -)."""
     activation_checkpointing: bool = False
     """Recompute the student's blocks in the backward pass instead of keeping their activations: less memory, about a
     third more time, the same numbers (- | train.activation_checkpointing)."""

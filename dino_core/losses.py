@@ -5,6 +5,7 @@ Axes: T teacher crops, S student crops, B images, K prototypes, D embedding, M m
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -268,7 +269,9 @@ def koleo_loss_in_groups(features: Tensor, group_size: int) -> Tensor:
             f"features {list(features.shape)}: must be [T, B, D], B a multiple of {group_size} and that >= 2"
         )
     eps = 1e-8
-    with torch.autocast(features.device.type, enabled=False):
+    # what is only counted, on torch's meta device, knows no autocast
+    plain = nullcontext() if features.is_meta else torch.autocast(features.device.type, enabled=False)
+    with plain:
         unit = F.normalize(features.float(), dim=-1).unflatten(1, (-1, group_size))  # [T, G, B / G, D]
         with torch.no_grad():
             similarities = unit @ unit.transpose(-1, -2)
