@@ -68,6 +68,11 @@ class CheckpointError(RuntimeError):
 # ----------------------------------------------------------------------------------------------------------- saving
 
 
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step is in the folder of a run's checkpoints, if there is one."""
+    return folder / f"step_{step:08d}"
+
+
 def save_checkpoint(state: TrainState, folder: Path, *, extra: Mapping[str, Any] | None = None) -> Path:
     """Write `folder/step_<state.step>` and return its path. Every rank calls it; rank 0 writes.
 
@@ -78,7 +83,7 @@ def save_checkpoint(state: TrainState, folder: Path, *, extra: Mapping[str, Any]
         CheckpointError: on every rank, if a tensor is not finite, the disk is too full, or writing fails. What was in
             the folder before is as it was.
     """
-    path = folder / f"step_{state.step:08d}"
+    path = checkpoint_path(folder, state.step)
     text = json.dumps(_rng_state(state.device))
     extra = json.loads(json.dumps(dict(extra or {})))  # on every rank, so that all raise if it cannot be written
     rng = [json.loads(item) for item in _gather(text.encode(), state.device)]

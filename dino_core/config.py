@@ -311,6 +311,10 @@ class EvalConfig(CheckedConfig):
 
     every_steps: int | None = number(None, ge=1)
     """Steps between evaluations, besides those before the first and after the last step; None: only those two."""
+    max_share: float | None = number(None, gt=0, le=1)
+    """Largest share of the time between those two that other evaluations, pictures included, may take: one that would
+    take more is left out. Which ones then depends on the machine's speed, what is trained does not. None: all are
+    made."""
     knn_k: int = number(20, ge=1)
     """Neighbours that vote."""
     knn_temperature: float = number(0.07, gt=0)

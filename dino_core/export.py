@@ -52,7 +52,7 @@ class Export:
 
 
 @dataclass(frozen=True)
-class _Backbone:
+class Backbone:
     """A backbone out of a checkpoint, and what a user of it must know."""
 
     name: str
@@ -107,7 +107,7 @@ def export_backbone(checkpoint: Path, to: Format, folder: Path, *, network: Netw
     Whatever is raised, no file is left behind.
     """
     check_target(to, folder)
-    backbone = _load(checkpoint, network)
+    backbone = load_backbone(checkpoint, network)
     folder = folder.resolve()
     temporary = folder.with_name(f".partial-{folder.name}-{os.getpid()}")
     temporary.mkdir(parents=True)
@@ -125,7 +125,13 @@ def export_backbone(checkpoint: Path, to: Format, folder: Path, *, network: Netw
 # ---------------------------------------------------------------------------------------------------------- loading
 
 
-def _load(checkpoint: Path, network: Network) -> _Backbone:
+def load_backbone(checkpoint: Path, network: Network = "teacher") -> Backbone:
+    """The backbone of a checkpoint as timm builds it, in evaluation mode.
+
+    Raises:
+        ExportError: The checkpoint's configuration does not describe its backbone.
+        CheckpointError: The checkpoint is incomplete or damaged.
+    """
     import timm
     from safetensors import safe_open
 
@@ -161,7 +167,7 @@ def _load(checkpoint: Path, network: Network) -> _Backbone:
         tensors = {name.removeprefix(prefix): file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
     _fill(model, tensors, checkpoint, settings.backbone)
     origin = {"network": network, "step": str(state["step"])}
-    return _Backbone(settings.backbone, arguments, preprocessing, model.eval(), num_features(model), origin, config)
+    return Backbone(settings.backbone, arguments, preprocessing, model.eval(), num_features(model), origin, config)
 
 
 def _fill(model: nn.Module, tensors: dict[str, Tensor], checkpoint: Path, name: str) -> None:
@@ -182,7 +188,7 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], checkpoint: Path, name: 
 # ---------------------------------------------------------------------------------------------------------- writing
 
 
-def _write_weights(backbone: _Backbone, temporary: Path) -> None:
+def _write_weights(backbone: Backbone, temporary: Path) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -193,7 +199,7 @@ def _write_weights(backbone: _Backbone, temporary: Path) -> None:
         raise ExportError(f"{temporary.parent}: cannot be written: {error}") from error
 
 
-def _write_safetensors(backbone: _Backbone, temporary: Path, folder: Path) -> str:
+def _write_safetensors(backbone: Backbone, temporary: Path, folder: Path) -> str:
     _write_weights(backbone, temporary)
     return "\n".join(
         [
@@ -203,19 +209,19 @@ def _write_safetensors(backbone: _Backbone, temporary: Path, folder: Path) -> st
     )
 
 
-def _write_timm(backbone: _Backbone, temporary: Path, folder: Path) -> str:
+def _write_timm(backbone: Backbone, temporary: Path, folder: Path) -> str:
     _write_weights(backbone, temporary)
     _write_json(temporary / ARGUMENTS_FILE, backbone.creation())
     return _create(backbone, checkpoint_path=str(folder / WEIGHTS_FILE))
 
 
-def _create(backbone: _Backbone, **more: Any) -> str:
+def _create(backbone: Backbone, **more: Any) -> str:
     given = backbone.creation() | more
     name = given.pop("model_name")
     return f"model = timm.create_model({name!r}, {', '.join(f'{key}={value!r}' for key, value in given.items())})"
 
 
-def _write_hf(backbone: _Backbone, temporary: Path, folder: Path) -> str:
+def _write_hf(backbone: Backbone, temporary: Path, folder: Path) -> str:
     """The layout of timm's own `save_for_hf`, without what timm knows of its weights of the same architecture."""
     _write_weights(backbone, temporary)
     model = backbone.model
@@ -245,7 +251,7 @@ def _pooling(model: nn.Module) -> str | None:
     return kinds[0] if kinds else None
 
 
-def _model_card(backbone: _Backbone) -> str:
+def _model_card(backbone: Backbone) -> str:
     side = backbone.preprocessing["input_size"][-1]
     mean, std = backbone.preprocessing["mean"], backbone.preprocessing["std"]
     return f"""\
@@ -282,7 +288,7 @@ The run's configuration:
 """
 
 
-def _write_onnx(backbone: _Backbone, temporary: Path, folder: Path) -> str:
+def _write_onnx(backbone: Backbone, temporary: Path, folder: Path) -> str:
     import onnx
     import torch
 

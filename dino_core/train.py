@@ -216,8 +216,12 @@ def train(
     on_log: OnLog,
     on_checkpoint: OnCheckpoint,
     evaluate: Evaluate | None = None,
+    stop_step: int | None = None,
 ) -> None:
     """Train from `state.step` to the end of the run; `batches` begins with the batch of `state.step`.
+
+    With `stop_step` it ends before that step instead, which changes nothing in those before it: schedules are those of
+    the whole run. What follows speaks of that end.
 
     Calls, all with the state between two updates:
       `on_log(step, metrics)` every `log_every_steps` and for the last step, besides for every evaluation;
@@ -230,8 +234,13 @@ def train(
     Raises:
         NonFiniteLossError: see `train_step`.
         RuntimeError: `batches` ended too early.
+        ValueError: `stop_step` lies outside of the run.
     """
     config, total = state.config, state.schedules.total_steps
+    if stop_step is not None:
+        if not 1 <= stop_step <= total:
+            raise ValueError(f"stop_step = {stop_step}: must be >= 1 and at most the {total} steps of the run")
+        total = stop_step
     iterator = iter(batches)
     clock = _Clock(config.batch_size)
     try:

@@ -1,4 +1,4 @@
-"""For notebooks and scripts: what the commands `sweep`, `pretrain` and `compare` do, as functions.
+"""For notebooks and scripts: what the commands `sweep`, `pretrain`, `evaluate` and `compare` do, as functions.
 
     from orchestrator.api import Sweep, compare, run_sweep
 
@@ -18,6 +18,7 @@ from orchestrator.catalog import load_recipe
 from orchestrator.compare import Comparison
 from orchestrator.compare import compare as compare_trials
 from orchestrator.config import RunConfig
+from orchestrator.evaluate.driver import evaluate
 from orchestrator.metric_choice import choice_for_trials, resolve_metric
 from orchestrator.overrides import flatten, override
 from orchestrator.pretrain import PretrainResult, pretrain, resume
@@ -39,6 +40,7 @@ __all__ = [
     "SweepResult",
     "compare",
     "curves",
+    "evaluate",
     "expand",
     "flatten",
     "load_recipe",

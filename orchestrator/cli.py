@@ -19,6 +19,7 @@ from dino_core.config import ConfigError
 from dino_core.export import FORMATS, NETWORKS
 from orchestrator.data_commands import data
 from orchestrator.errors import RunFailed
+from orchestrator.evaluate.command import evaluate
 
 if TYPE_CHECKING:
     from orchestrator.run_sweep import SweepResult
@@ -69,6 +70,7 @@ def cli() -> None:
 
 
 cli.add_command(data)
+cli.add_command(evaluate)
 
 
 def _complete_recipes(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
+from orchestrator.lineage import in_words
 from orchestrator.metric_choice import comparison_caution
 from orchestrator.statistics import Difference, paired_differences
 from orchestrator.trials import SEED_KEY, CompareError, Mode, TrialSummary
@@ -121,6 +122,11 @@ class Comparison:
         return any(len({row.trial.seed for row in group.rows}) > 1 for group in self.groups)
 
     @property
+    def has_members(self) -> bool:
+        """Whether some trials are members of a population, whose settings changed on the way."""
+        return any(row.trial.segment is not None for row in self.rows)
+
+    @property
     def random_weights(self) -> float | None:
         """The metric at step 0, mean over the trials that have it."""
         values = [row.random_weights for row in self.rows if row.random_weights is not None]
@@ -145,7 +151,8 @@ class Comparison:
         """What a reader must know of the numbers, each in a line."""
         why = f"Ranked by {self.metric}: {self.why}." if self.why else ""
         caution = comparison_caution(self.metric, [row.trial for row in self.rows])
-        return tuple(filter(None, (why, *caution, self.reference_note, self.early_note, self.paper_note)))
+        notes = (why, *caution, self.reference_note, self.early_note, self.members_note, self.paper_note)
+        return tuple(filter(None, notes))
 
     @property
     def early_note(self) -> str:
@@ -155,6 +162,16 @@ class Comparison:
         if not early:
             return ""
         return f"{len(early)} of {len(self.rows)} trials count with their last value before the end ({statuses})."
+
+    @property
+    def members_note(self) -> str:
+        """What the trials of a population are; empty where there are none."""
+        if not self.has_members:
+            return ""
+        return (
+            "A member of a population stands there with the settings of its newest segment; its weights and curves "
+            "went through all of its lineage."
+        )
 
     @property
     def reference_note(self) -> str:
@@ -183,6 +200,7 @@ class Comparison:
             found |= {"random_weights": row.random_weights, "gain": row.gain}
             found |= {f"paper/{metric}": row.paper(metric) for metric in self.paper_metrics}
             found |= {"health": trial.health, "status": trial.status, "run_id": trial.run_id}
+            found |= {"lineage": in_words(trial)} if self.has_members else {}
             found |= {"experiment": trial.experiment, "git_commit": trial.git_commit, "data_digest": trial.data_digest}
             rows.append(found)
         return _typed(DataFrame(rows), self.keys)
@@ -230,9 +248,11 @@ def compare(
     rows = [_row(trial, keys, metric) for trial in trials]
     ranked = _ranked(rows, lambda row: row.value, mode)
     rows = [Row(rank, row.trial, row.params, row.value, row.step, row.random_weights) for rank, row in ranked]
-    by_params: dict[tuple[str, ...], list[Row]] = {}
+    by_params: dict[tuple[object, ...], list[Row]] = {}
     for row in rows:
-        by_params.setdefault(tuple(row.params.values()), []).append(row)
+        # What a member of a population ended with is not all that its weights have seen: it stands for itself.
+        alone = row.trial.run_id if row.trial.segment is not None else None
+        by_params.setdefault((alone, *row.params.values()), []).append(row)
     groups = [Group(None, members[0].params, tuple(members), _by_seed(members)) for members in by_params.values()]
     ordered = _ranked(groups, lambda group: group.mean, mode)
     groups = [replace(group, rank=rank) for rank, group in ordered]

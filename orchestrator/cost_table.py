@@ -177,13 +177,13 @@ class CostTable:
             lines["data"] = f"{kind.name}: {_data_in_words(kind)}"
         return lines
 
-    def problems(self, at_once: int, *, here: bool) -> list[str]:
-        """What will not fit."""
+    def problems(self, at_once: int, *, here: bool, folders: int = 1) -> list[str]:
+        """What will not fit; `folders` with checkpoints are kept of each run."""
         memory = None
         if self.config.cluster.use_gpu:
             memory = _memory_of_visible_gpu() if here else None
         runs = {kind.name: (kind.config, kind.cost, kind.rate.peak_bytes if kind.rate else None) for kind in self.kinds}
-        found = what_does_not_fit(runs, at_once, memory, on_this_machine=here, num_trials=self.num_runs)
+        found = what_does_not_fit(runs, at_once, memory, on_this_machine=here, num_trials=folders * self.num_runs)
         if self.config.cluster.use_gpu and memory is None:
             small = [gpu.name for gpu in GPUS if gpu.memory_gb * 1e9 < self.largest.cost.total]
             if small:

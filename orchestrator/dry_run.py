@@ -18,6 +18,7 @@ from orchestrator.definition import design_lines
 from orchestrator.estimate import share_that_runs
 from orchestrator.metric_choice import choice_for_sweep
 from orchestrator.overrides import flatten, show
+from orchestrator.population import GENERATIONS_KEPT, describe_population, generations_of
 from orchestrator.preflight import open_sources
 from orchestrator.ray_cluster import Capacity, Demand, cluster_address, plan_concurrency, resolve_launcher
 from orchestrator.runs import Trial
@@ -84,7 +85,7 @@ def print_sweep(
         **design_lines(check(sweep), trials, choice),
         "compared by": f"{choice.metric}, {choice.mode}: {choice.why}",
         **({"the paper's": sweep.paper_setting} if sweep.paper_setting else {}),
-        "scheduler": describe_scheduler(sweep.scheduler, sweep.grace_steps, sweep.reduction_factor, sweep.brackets),
+        "scheduler": _scheduler(sweep, trials, min(steps)),
         "launcher": _LAUNCHERS[resolve_launcher(config.cluster, in_sweep=True)],
         "each trial needs": _demand(config),
         "at once": _at_once([trial.config for trial in trials]),
@@ -99,6 +100,13 @@ def print_sweep(
     _print_cost(sweep, table, [trial.config for trial in trials], sum(steps) / len(steps), write)
 
 
+def _scheduler(sweep: Sweep, trials: Sequence[Trial], steps: int) -> str:
+    if sweep.scheduler != "pbt":
+        return describe_scheduler(sweep.scheduler, sweep.grace_steps, sweep.reduction_factor, sweep.brackets)
+    generations_of(sweep, steps)
+    return describe_population(sweep, len(trials))
+
+
 def _print_cost(
     sweep: Sweep, table: CostTable, configs: Sequence[RunConfig], mean_steps: float, write: Callable[[str], None]
 ) -> None:
@@ -106,9 +114,10 @@ def _print_cost(
     at_once = _num_at_once(configs)
     _print_table("Cost of a trial", table.rows(at_once, here=here), write)
     expected = share_that_runs(sweep, round(mean_steps))
-    stops = sweep.scheduler != "none"
+    stops = sweep.scheduler not in ("none", "pbt")
     _print_lines("Cost in all", table.lines(at_once, here=here, expected=expected, stops=stops), write)
-    _print_problems(table.problems(at_once, here=here), write)
+    folders = GENERATIONS_KEPT if sweep.scheduler == "pbt" else 1
+    _print_problems(table.problems(at_once, here=here, folders=folders), write)
 
 
 def _print_config(config: RunConfig, space: Mapping[str, Sequence[Any]], write: Callable[[str], None]) -> None:

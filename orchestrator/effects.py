@@ -76,6 +76,9 @@ class Analysis:
     num_trials: int
 
 
+_CHANGED = "changed within the runs of a population"
+
+
 def main_effects(comparison: Comparison) -> dict[str, tuple[Effect, ...]]:
     """The main effect of each key that the design supports; `analyse` says why others have none."""
     return analyse(comparison).main
@@ -89,6 +92,8 @@ def interactions(comparison: Comparison) -> dict[tuple[str, str], Interaction]:
 def analyse(comparison: Comparison) -> Analysis:
     """Main effects and two-way interactions, or why there are none."""
     rows = [row for row in comparison.rows if row.value is not None]
+    if comparison.has_members:
+        return Analysis({}, {}, dict.fromkeys(comparison.keys, _CHANGED), len(rows))
     levels = {key: _levels(key, rows) for key in comparison.keys}
     refused = {key: "takes one value in all trials that have the metric" for key in levels if len(levels[key]) < 2}
     num_points = len({tuple(row.params.values()) for row in rows})
@@ -333,6 +338,8 @@ def importance(comparison: Comparison) -> Importances:
     groups = [group for group in comparison.groups if group.mean is not None]
     keys = [key for key in comparison.keys if len({group.params[key] for group in groups}) > 1]
     count = len(groups)
+    if comparison.has_members:
+        return Importances(count, reason=f"the settings {_CHANGED}")
     if count < MIN_CONFIGURATIONS:
         return Importances(count, reason=f"{count} configurations; at least {MIN_CONFIGURATIONS} are needed")
     if not keys:

@@ -8,7 +8,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,9 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dino_core.config import PretrainConfig
-from dino_core.crops import NUM_GLOBAL_CROPS, MultiCrop
 from dino_core.distributed import all_gather_rows, rank, world_size
-from dino_core.eval.features import eval_transform, extract_features
+from dino_core.eval.features import extract_features
 from dino_core.eval.knn import knn_accuracy
 from dino_core.eval.rank import alpha_req, lidar, rankme
 from orchestrator.config import RunConfig
@@ -27,6 +25,7 @@ from orchestrator.data.images import BadImage
 from orchestrator.data.loaders import Part, make_loader
 from orchestrator.data.sources import Source
 from orchestrator.errors import RunFailed
+from orchestrator.evaluate.views import AugmentedViews, CentreCrop
 
 if TYPE_CHECKING:
     from dino_core.train import TrainState
@@ -42,6 +41,10 @@ _WORTH_THREADS_S = 0.5e-3  # CPU time of an image below which several threads mo
 
 _RAW_PIXEL_VALUES = 1 << 28
 """Raw pixels are classified too, as a floor to compare with, while a gallery holds no more values than this."""
+
+
+_kept: dict[tuple[object, ...], _Evaluation] = {}
+"""The last evaluation made in this process, with its images: the next trial of a sweep mostly needs the same."""
 
 
 def make_evaluate(
@@ -64,7 +67,15 @@ def make_evaluate(
     """
     if not source.has_test_labels and not config.pretrain.eval.num_label_free:
         return None
-    return _Evaluation(config, source, digest)
+    if digest is None:
+        return _Evaluation(config, source, digest)
+    settings = (config.data, config.cluster, config.pretrain.crops, config.pretrain.eval)
+    depends_on = (digest, *settings, rank(), world_size())
+    for made_for in [key for key in _kept if key != depends_on]:
+        del _kept[made_for]
+    if depends_on not in _kept:
+        _kept[depends_on] = _Evaluation(config, source, digest)
+    return _kept[depends_on]
 
 
 class _Evaluation:
@@ -90,7 +101,8 @@ class _Evaluation:
         self._views: _Images | None = None
         if settings.num_label_free and settings.num_lidar_images:
             chosen = fixed_choice(num, settings.num_lidar_images)
-            self._views = _Images(config, source, "train", chosen, digest, _AugmentedViews(config.pretrain))
+            self._augmented = AugmentedViews(config.pretrain.crops, settings.num_lidar_views)
+            self._views = _Images(config, source, "train", chosen, digest, self._augmented)
 
     def __call__(self, state: TrainState) -> dict[str, float]:
         train = self._train.gather(extract_features(state.teacher.backbone, self._train.batches()))
@@ -127,8 +139,7 @@ class _Evaluation:
         scores = {"eval/rankme": rankme(rows), "eval/alpha_req": alpha_req(rows)}
         if self._views is not None:
             num_views = self._config.pretrain.eval.num_lidar_views
-            finish = _AugmentedViews(self._config.pretrain).finish
-            batches = (finish(batch, state.device) for batch in self._views.batches())
+            batches = (self._augmented.finish(batch, state.device) for batch in self._views.batches())
             views = self._views.gather(extract_features(state.teacher.backbone, batches).unflatten(0, (-1, num_views)))
             scores["eval/lidar"] = lidar(views[self._readable(self._views, views, "training", state.step)])
         return {name: score for name, score in scores.items() if math.isfinite(score)}  # no spectrum has no exponent
@@ -166,41 +177,10 @@ def choice_order(num: int) -> NDArray[np.int64]:
     return np.random.default_rng(0).permutation(num)
 
 
-class _CentreCrop:
-    """What features for k-NN are taken from: float32 [3, side, side], normalised."""
-
-    dtype = torch.float32
-
-    def __init__(self, config: PretrainConfig) -> None:
-        self._config = config
-        self.shape: tuple[int, ...] = (3, config.crops.global_size, config.crops.global_size)
-
-    def make(self, image: NDArray[np.uint8], sample: int) -> Tensor:
-        crops = self._config.crops
-        return eval_transform(image, crops.global_size, self._config.eval.crop_fraction, crops.mean, crops.std)
-
-
-class _AugmentedViews:
-    """The views of an image that LiDAR compares, the same for every run and seed: uint8 [q, 3, side, side]."""
-
-    dtype = torch.uint8
-
-    def __init__(self, config: PretrainConfig) -> None:
-        # Not the accelerator's colours: they would have to be made anew at each evaluation.
-        self._crops = MultiCrop(replace(config.crops, num_local_crops=0, device="cpu"), seed=0)
-        self._num = config.eval.num_lidar_views
-        self.shape: tuple[int, ...] = (self._num, 3, config.crops.global_size, config.crops.global_size)
-
-    def make(self, image: NDArray[np.uint8], sample: int) -> Tensor:
-        pairs = np.arange(self._num // NUM_GLOBAL_CROPS)
-        crops = self._crops.make([image] * len(pairs), pairs, np.full(len(pairs), sample))["global_crops"]
-        return torch.from_numpy(crops).flatten(0, 1)
-
-    def finish(self, batch: Tensor, device: torch.device) -> Tensor:
-        """[n, q, 3, side, side] -> normalised [n * q, 3, side, side]."""
-        pairs = batch.view(-1, NUM_GLOBAL_CROPS, *self.shape[1:])
-        finished = self._crops.finish({"global_crops": pairs}, device).global_crops
-        return finished.unflatten(0, (NUM_GLOBAL_CROPS, -1)).transpose(0, 1).flatten(0, 1)
+def centre_crop(config: PretrainConfig) -> CentreCrop:
+    """What features are taken from while a run trains."""
+    crops = config.crops
+    return CentreCrop(crops.global_size, config.eval.crop_fraction, crops.mean, crops.std)
 
 
 class _Images:
@@ -213,12 +193,12 @@ class _Images:
         part: Part,
         ids: NDArray[np.int64],
         digest: str | None,
-        view: _CentreCrop | _AugmentedViews | None = None,
+        view: CentreCrop | AugmentedViews | None = None,
     ) -> None:
         split = source.train if part == "train" else source.test
         assert split is not None
         self._config, self._split = config, split
-        self._view = view or _CentreCrop(config.pretrain)
+        self._view = view or centre_crop(config.pretrain)
         self._loader = make_loader(config, source, part, digest)
         self.all_ids = ids
         """Of all workers."""
@@ -287,7 +267,7 @@ class _Images:
         """The images, once they are all there."""
         for task in tasks:
             for place, reason in task.result().items():
-                if not self._bad[place] and isinstance(self._view, _CentreCrop):  # views are of images told already
+                if not self._bad[place] and isinstance(self._view, CentreCrop):  # views are of images told already
                     sample = int(self._ids[place])
                     logger.warning("evaluation leaves out %s: %s", self._split.name(sample), reason)
                 self._bad[place] = True

@@ -23,17 +23,15 @@ def export(run: str, to: Format, folder: Path, network: Network) -> Export:
     Raises:
         ConfigError: there is no such run, it has no checkpoint, or its backbone cannot be written there.
     """
-    place = _find(run, RunConfig().cluster.storage)
+    place = find_checkpoints(run, RunConfig().cluster.storage)
     try:
         check_target(to, folder)
     except ExportError as error:
         raise ConfigError(str(error)) from error
 
-    from dino_core.checkpoint import CheckpointError, latest_checkpoint  # imports torch
+    from dino_core.checkpoint import CheckpointError  # imports torch
 
-    checkpoint = latest_checkpoint(place) if place.name == CHECKPOINTS_DIR else place
-    if checkpoint is None:
-        raise ConfigError(f"{run}: no checkpoint in {place} is whole")
+    checkpoint = newest_whole(run, place)
     try:
         return export_backbone(checkpoint, to, folder, network=network)
     except (ExportError, CheckpointError) as error:
@@ -42,8 +40,16 @@ def export(run: str, to: Format, folder: Path, network: Network) -> Export:
         raise ConfigError(f"{folder}: cannot be written: {error.strerror}") from error
 
 
-def _find(run: str, storage: str) -> Path:
-    """The checkpoint that is meant, or the folder of a run's checkpoints."""
+def find_checkpoints(run: str, storage: str) -> Path:
+    """The checkpoint that is meant, or the folder of a run's checkpoints. Imports no torch.
+
+    Args:
+        run: a name in the storage folder, the path of a run, or the path of a checkpoint.
+        storage: `cluster.storage`.
+
+    Raises:
+        ConfigError: there is no such run, it has no checkpoint, or it is a sweep.
+    """
     path = Path(run)
     if path.is_dir() and (path.match(_CHECKPOINTS) or (path / _MANIFEST_FILE).exists()):
         return path.resolve()
@@ -58,3 +64,17 @@ def _find(run: str, storage: str) -> Path:
             f"{run}: has no checkpoint yet; they come every pretrain.checkpoint_every_steps and at the end"
         )
     return place
+
+
+def newest_whole(run: str, place: Path) -> Path:
+    """Of what `find_checkpoints` found, the checkpoint that is named or the newest that is whole.
+
+    Raises:
+        ConfigError: none is whole.
+    """
+    from dino_core.checkpoint import latest_checkpoint  # imports torch
+
+    checkpoint = latest_checkpoint(place) if place.name == CHECKPOINTS_DIR else place
+    if checkpoint is None:
+        raise ConfigError(f"{run}: no checkpoint in {place} is whole")
+    return checkpoint

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,15 @@ from orchestrator.records import (
     CHECKPOINTS_DIR,
     COMPARISON_FILES,
     ENVIRONMENT_FILE,
+    EVALUATIONS_DIR,
     LEDGER_FILE,
+    METRICS_FILE,
     PICTURES_DIR,
     REPORT_FILE,
     RUN_FILE,
     SUMMARY_FILE,
     SWEEP_FILE,
+    TARGET_FILE,
     TRIALS_DIR,
     RunRecord,
     RunState,
@@ -74,20 +77,26 @@ class MlflowRun:
         for name in self.artifacts:
             if (self.folder / name).is_file():
                 yield self.folder / name, None
-        pictures = self.folder / PICTURES_DIR
-        for path in sorted(pictures.rglob("*")):
-            # A name with a dot before it is one that its writer has not finished.
-            if path.is_file() and not path.name.startswith("."):
-                yield path, path.parent.relative_to(self.folder).as_posix()
+        for name in (PICTURES_DIR, EVALUATIONS_DIR):
+            for path in sorted((self.folder / name).rglob("*")):
+                place = path.relative_to(self.folder)
+                # A name with a dot before it is one that its writer has not finished.
+                if path.is_file() and path.name != METRICS_FILE and not any(p.startswith(".") for p in place.parts):
+                    yield path, place.parent.as_posix()
 
 
 def runs_to_show(folder: Path) -> Iterator[MlflowRun]:
-    """The runs of a sweep's or a run's folder, parents first; only those that were started."""
+    """The runs of a sweep's or a run's folder, parents first; only those that were started. An evaluated target that is
+    no run is one here."""
     states = read_states(folder)
     started: dict[str, float] = {}
     for _, entry in read_lines(folder / LEDGER_FILE):
         started.setdefault(entry["run"], entry["time"])
     parent = None
+    if (folder / TARGET_FILE).exists():
+        if folder.name in states:
+            yield _target_run(folder, read_json(folder / TARGET_FILE), states[folder.name], started[folder.name])
+        return
     if (folder / SWEEP_FILE).exists():
         if folder.name not in states:
             return
@@ -112,8 +121,9 @@ def _sweep_run(folder: Path, sweep: dict[str, Any], state: RunState, started_at:
     params: dict[str, Any] = {f"space/{key}": json.dumps(values) for key, values in sweep["space"].items()}
     rows = sweep.get("rows", {})  # sweeps written before there were rows have none
     params |= {"rows": ", ".join(rows)} if rows else {}
-    # A search adds trials as it goes, and a param is told once.
+    # A search or a population adds trials as it goes, and a param is told once.
     count = sweep["num_trials"] * sweep["seeds"] if sweep.get("design") == "optuna" else len(sweep["trials"])
+    count = sweep.get("num_segments") or count
     params |= {"seeds": sweep["seeds"], "trials": count, "metric": sweep["metric"]}
     params |= {name: sweep[name] for name in ("mode", "metric_why") if name in sweep}
     files = (SWEEP_FILE, REPORT_FILE, *COMPARISON_FILES.values())
@@ -136,6 +146,8 @@ def _run(run_dir: Path, record: RunRecord, state: RunState, started_at: float, p
         "mlflow.source.name": f"sweep {record.sweep}" if parent else f"pretrain {record.recipe}",
         "mlflow.source.type": "LOCAL",
     }
+    if record.segment is not None:
+        tags |= {name: str(value) for name, value in asdict(record.segment).items() if value is not None}
     tags |= _recorded_tags(run_dir / ENVIRONMENT_FILE) | _end(state)
     if "ray_submission_id" in tags:
         tags |= {"mlflow.source.type": "JOB"}
@@ -152,6 +164,15 @@ def _run(run_dir: Path, record: RunRecord, state: RunState, started_at: float, p
         inputs=_inputs(record),
         parent=parent,
     )
+
+
+def _target_run(folder: Path, content: dict[str, Any], state: RunState, started_at: float) -> MlflowRun:
+    """Of what was evaluated and is no run."""
+    target: dict[str, Any] = content["target"]
+    tags = {"kind": "evaluation", "target": str(target["name"]), "mlflow.source.type": "LOCAL"}
+    tags |= {"mlflow.source.name": f"evaluate {target['name']}"} | _end(state)
+    params = {f"target/{name}": value for name, value in target.items() if value is not None}
+    return MlflowRun(folder, folder.name, state, started_at, _fitting(tags), _texts(params), (TARGET_FILE,))
 
 
 def _end(state: RunState) -> dict[str, str]:

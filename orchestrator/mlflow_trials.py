@@ -6,7 +6,7 @@ import difflib
 import math
 import re
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator import tracking
 from orchestrator.config import TrackingConfig
+from orchestrator.lineage import newest_segments
 from orchestrator.metric_choice import best_mode
-from orchestrator.records import SWEEP_FILE, read_json
+from orchestrator.records import SWEEP_FILE, Segment, read_json
 from orchestrator.trials import (
     PICTURES_DIR,
     SEED_KEY,
@@ -88,7 +89,7 @@ def _read(client: MlflowClient, name: str, target: tracking.Target) -> list[Tria
         }
         definition = definitions.get(run.data.tags.get(_PARENT_TAG, ""))
         summaries.append(_summary(run, definition, curves, experiments.get(run.info.experiment_id, ""), client, target))
-    return summaries
+    return newest_segments(summaries)
 
 
 def _all_experiments(client: MlflowClient) -> Iterator[Experiment]:
@@ -180,7 +181,16 @@ def _summary(
         record_name=tags.get(tracking.RUN_ID_TAG, ""),
         definition=definition,
         load_pictures=partial(_load_pictures, client, run.info.run_id),
+        segment=_segment(tags),
     )
+
+
+def _segment(tags: Mapping[str, str]) -> Segment | None:
+    """Which part of a run it is, of a trial in population-based training."""
+    if "generation" not in tags:
+        return None
+    numbers = {name: int(tags[name]) for name in ("member", "generation", "start_step", "stop_step")}
+    return Segment(**numbers, parent=tags.get("parent"))
 
 
 def _definition_of(client: MlflowClient, parent: Run) -> dict[str, Any] | None:

@@ -41,7 +41,7 @@ class Key:
         """What a value must be, in words, such as `a number > 0`."""
         limits = allowed_range(self.item)
         words, *rest = _describe(self.kind)
-        each = ", each " if words.endswith("]") else " "
+        each = ", each " if words.endswith(("]", "commas", "them")) else " "
         return words + (each + limits if limits else "") + "".join(f", or {word}" for word in rest)
 
 
@@ -236,11 +236,22 @@ def _describe(kind: Any) -> list[str]:
         if get_origin(member) is Literal:
             words.append("one of " + ", ".join(map(str, get_args(member))))
         elif get_origin(member) is tuple:
-            count = len(get_args(member))
+            kinds = get_args(member)
+            if kinds[-1] is ...:
+                words.append(_several(kinds[0]))
+                continue
+            count = len(kinds)
             words.append(f"{count} numbers such as [{', '.join(f'{0.1 * (i + 1):.1f}' for i in range(count))}]")
         elif member is not type(None):
             words.append(_WORDS[member])
     return words + ["none"] * (type(None) in _members(kind))
+
+
+def _several(kind: Any) -> str:
+    """What values of a tuple of any length are, in words."""
+    if get_origin(kind) is Literal:
+        return f"one or more of {', '.join(map(str, get_args(kind)))}, with commas"
+    return {int: "whole numbers", float: "numbers"}.get(kind, "names") + " with commas between them"
 
 
 _WORDS: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
@@ -264,7 +275,7 @@ def _coerce(kind: Any, value: Any) -> Any:
         value = value.strip()
         if value[:1] + value[-1:] in ("[]", "()"):
             value = value[1:-1]
-        value = value.split(",")
+        value = [element.strip() for element in value.split(",")]
     if isinstance(value, (list, tuple)) and any(isinstance(element, bool) for element in value):
         raise ValueError("a truth value is not a number")
     result = _adapter(kind).validate_python(value)  # pydantic's ValidationError is a ValueError

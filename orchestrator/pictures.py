@@ -23,11 +23,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dino_core.crops import MultiCrop
+from dino_core.eval.attention import attention_maps
 from dino_core.eval.features import eval_transform
 from dino_core.eval.pictures import (
     Picture,
     as_pixels,
-    attention_maps,
     attention_picture,
     crops_picture,
     features_picture,

@@ -53,7 +53,7 @@ class RunProgress:
             run_id=record.run_id,
             folder=folder,
             label=label,
-            total_steps=int(record.derived["total_steps"]),
+            total_steps=record.last_step,
             batch_size=record.config["pretrain.batch_size"],
             num_prototypes=record.config["pretrain.head.num_prototypes"],
         )

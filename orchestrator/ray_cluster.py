@@ -51,6 +51,8 @@ DRIVER_ENV = {
     # Not every report holds the sweep's metric: k-NN comes less often than the loss.
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
     "RAY_AIR_NEW_OUTPUT": "0",  # the new output prints a banner at any verbosity
+    # Of a Ray that is started here. Workers that it starts in advance lack our environment and are never used.
+    "RAY_prestart_worker_first_driver": "0",
 }
 
 

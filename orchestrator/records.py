@@ -10,6 +10,9 @@
         environment.json  what it trains with                   trials/<trial>/   one run each, no ledger of its own
         pictures/step_00000200/*.png
         checkpoints/step_00000200/
+        evaluations/  metrics.jsonl and a folder of each result (orchestrator.evaluate)
+
+A target of `evaluate` that is no run has a folder with `target.json`, a ledger and `evaluations/`.
 
 Every file is either written whole (`write_json`) or append-only (`Journal`, `Ledger`); a line cut short by a crash is
 ignored by the readers and removed by the next writer.
@@ -30,6 +33,7 @@ from typing import Any, Literal
 from dino_core.config import ConfigError
 
 RUN_FILE = "run.json"
+TARGET_FILE = "target.json"
 SWEEP_FILE = "sweep.json"
 METRICS_FILE = "metrics.jsonl"
 LEDGER_FILE = "ledger.jsonl"
@@ -41,6 +45,7 @@ SUMMARY_FILE = "summary.json"
 COMPARISON_FILES: dict[Literal["markdown", "csv"], str] = {"markdown": "comparison.md", "csv": "comparison.csv"}
 CHECKPOINTS_DIR = "checkpoints"
 PICTURES_DIR = "pictures"
+EVALUATIONS_DIR = "evaluations"
 TRIALS_DIR = "trials"
 
 Event = Literal["started", "finished", "stopped", "failed", "interrupted"]
@@ -138,6 +143,15 @@ class Journal:
         self._file.close()
 
 
+def read_evaluations(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
+    """What was measured of a run afterwards (`orchestrator.evaluate`): as `read_curves`, the newest value of a step."""
+    curves: dict[str, dict[int, float]] = {}
+    for _, record in read_lines(run_dir / EVALUATIONS_DIR / METRICS_FILE):
+        for name, value in record["metrics"].items():
+            curves.setdefault(name, {})[record["step"]] = value
+    return {name: sorted(points.items()) for name, points in curves.items()}
+
+
 def read_curves(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
     """Every metric of a run as (step, value) pairs, by step."""
     curves: dict[str, list[tuple[int, float]]] = {}
@@ -195,6 +209,19 @@ def read_states(folder: Path) -> dict[str, RunState]:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Segment:
+    """The part of a run that a trial of a population trains: one generation of one member."""
+
+    member: int
+    generation: int
+    start_step: int
+    stop_step: int
+    """Training ends before this step; schedules are those of the whole run."""
+    parent: str | None = None
+    """Trial whose checkpoint at `start_step` it goes on from; None in the first generation."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunRecord:
     """What a run is; written before it starts."""
 
@@ -219,6 +246,8 @@ class RunRecord:
     """What those numbers were measured with."""
     stop_collapsed: bool = False
     """Whether the run is ended when it has collapsed."""
+    segment: Segment | None = None
+    """Of a trial in population-based training: which part of a run it is."""
     git_commit: str | None = None
     """With "-dirty" behind it if files differed."""
     data_digest: str | None = None
@@ -234,6 +263,11 @@ class RunRecord:
         labels["paper/setting"] = self.paper_setting if self.paper else None
         return {name: value for name, value in labels.items() if value is not None and value != ""}
 
+    @property
+    def last_step(self) -> int:
+        """The step before which its training ends."""
+        return self.segment.stop_step if self.segment is not None else int(self.derived["total_steps"])
+
     def write(self, run_dir: Path) -> None:
         write_json(run_dir / RUN_FILE, asdict(self))
 
@@ -244,6 +278,9 @@ class RunRecord:
         """
         path = run_dir / RUN_FILE
         try:
-            return cls(**read_json(path))
+            content = read_json(path)
+            if content.get("segment") is not None:
+                content["segment"] = Segment(**content["segment"])
+            return cls(**content)
         except TypeError as error:  # fields that are missing, or that nobody knows
             raise ConfigError(f"{path}: damaged: {error}") from error

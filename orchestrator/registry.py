@@ -17,7 +17,16 @@ from orchestrator.delivery import first_line
 from orchestrator.errors import RunFailed
 from orchestrator.mlflow_runs import runs_to_show
 from orchestrator.overrides import override
-from orchestrator.records import CHECKPOINTS_DIR, FINAL_EVENTS, RUN_FILE, SWEEP_FILE, TRIALS_DIR, RunRecord, read_json
+from orchestrator.records import (
+    CHECKPOINTS_DIR,
+    FINAL_EVENTS,
+    RUN_FILE,
+    SWEEP_FILE,
+    TARGET_FILE,
+    TRIALS_DIR,
+    RunRecord,
+    read_json,
+)
 from orchestrator.runs import check_name, deliver_command, find_folder
 from orchestrator.tracking import Delivered, Target, connect, deliver
 
@@ -53,20 +62,30 @@ class Registered:
 
 
 def find_records(name: str, storage: str) -> Path:
-    """The folder of a sweep or run, by its name or path.
+    """The folder of a sweep or run, or of an evaluated target that is none, by its name or path.
 
     Raises:
         ConfigError: There is none.
     """
     for folder in (Path(storage) / name, Path(name)):
-        if (folder / SWEEP_FILE).exists():
+        if (folder / SWEEP_FILE).exists() or (folder / TARGET_FILE).exists():
             return folder.resolve()
     return find_folder(name, storage, "run")
 
 
 def target_of(folder: Path, changes: Mapping[str, Any] | None = None) -> Target:
     """Where a folder's records go: as it was configured, unless `changes` says otherwise."""
-    return Target.of(override(_config(_records(folder)[0]), changes or {}).tracking)
+    if (folder / TARGET_FILE).exists():
+        recorded = override(RunConfig(), read_json(folder / TARGET_FILE)["tracking"])
+    else:
+        recorded = _config(_records(folder)[0])
+    return Target.of(override(recorded, changes or {}).tracking)
+
+
+def _experiment(folder: Path) -> str:
+    if (folder / TARGET_FILE).exists():
+        return str(read_json(folder / TARGET_FILE)["experiment"])
+    return _records(folder)[0].experiment
 
 
 def _records(folder: Path) -> list[RunRecord]:
@@ -116,7 +135,7 @@ def deliver_all(folder: Path, target: Target) -> list[str]:
     """
     with _told(target):
         client = connect(target)
-        left_out = deliver(client, folder, _records(folder)[0].experiment, target, first=True)
+        left_out = deliver(client, folder, _experiment(folder), target, first=True)
         upload_checkpoints(client, folder, target)
     return left_out
 

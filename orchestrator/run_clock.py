@@ -46,8 +46,11 @@ class RunClock:
 
     def parts(self) -> dict[str, float]:
         """Seconds so far: `time/start_s` (imports, data, network), `time/data_wait_s`, `time/evaluation_s`,
-        `time/checkpoint_s`, `time/report_s` (waiting for Tune or the other workers)."""
-        return {f"time/{part}_s": seconds for part, seconds in self._spent.items()}
+        `time/checkpoint_s`, `time/report_s` (waiting for Tune or the other workers). And `time/evaluation_share`, that
+        of evaluations in the whole time of the run, 0 to 1."""
+        parts = {f"time/{part}_s": seconds for part, seconds in self._spent.items()}
+        seconds = self.device_hours()[DEVICE_HOURS] * 3600 / self._num_devices
+        return parts | {"time/evaluation_share": self._spent["evaluation"] / seconds if seconds > 0 else 0.0}
 
     def started(self) -> None:
         """Training can begin."""
@@ -71,6 +74,46 @@ class RunClock:
             if batch is None:
                 return
             yield batch
+
+
+class EvaluationBudget:
+    """Holds the evaluations between the first and the last to a share of the time between those two.
+
+    Args:
+        max_share: None holds back none.
+    """
+
+    def __init__(self, max_share: float | None) -> None:
+        self._max_share = max_share
+        self._began = time.perf_counter()
+        self._spent = self._last = 0.0
+        self.num_left_out = 0
+
+    @contextmanager
+    def first(self) -> Iterator[None]:
+        """Around the evaluation before the first step: what it takes is no part of either, but says what is to come."""
+        began = time.perf_counter()
+        yield
+        self._began = time.perf_counter()
+        self._last = self._began - began
+
+    @contextmanager
+    def another(self) -> Iterator[None]:
+        """Around an evaluation in between."""
+        began = time.perf_counter()
+        yield
+        self._last = time.perf_counter() - began
+        self._spent += self._last
+
+    def allows(self) -> bool:
+        """Whether one more, as long as the last one, keeps to the share; if not, it is counted as left out."""
+        if self._max_share is None:
+            return True
+        elapsed = time.perf_counter() - self._began
+        if self._spent + self._last <= self._max_share * (elapsed + self._last):
+            return True
+        self.num_left_out += 1
+        return False
 
 
 def hours_spent(run_dir: Path, num_devices: int) -> float:

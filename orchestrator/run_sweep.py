@@ -20,6 +20,7 @@ from orchestrator.definition import design_definition, sweep_of
 from orchestrator.launch import trial_resources, tune_trial
 from orchestrator.metric_choice import KNN, Mode, choice_for_sweep
 from orchestrator.overrides import override
+from orchestrator.population import Population, generations_of
 from orchestrator.preflight import open_sources
 from orchestrator.progress import RunProgress
 from orchestrator.ray_cluster import (
@@ -84,11 +85,11 @@ class _Plan:
     definition: dict[str, Any]
     records: dict[str, RunRecord]
     """By trial, in order."""
-    search: Search | None = None
+    search: Search | Population | None = None
     """What adds trials as results come."""
 
     def ask(self) -> list[str]:
-        """Write down the trials of the search's next configuration; their ids, none where it is over."""
+        """Write down the search's next trials; their ids, none where it is over."""
         return self.add(self.search.ask()) if self.search is not None else []
 
     def add(self, trials: Iterable[tuple[Trial, RunRecord]]) -> list[str]:
@@ -116,12 +117,14 @@ class _Plan:
         return self.folder / TRIALS_DIR / trial_id
 
     def open_trials(self) -> list[str]:
-        """Trials that still have to run."""
+        """Trials that still have to run. What became of a population's older generations is settled."""
         states = read_states(self.folder)
+        newest = max((record.segment.generation for record in self.records.values() if record.segment), default=0)
         return [
             trial_id
             for trial_id, record in self.records.items()
-            if record.run_id not in states or states[record.run_id].event not in FINAL_EVENTS
+            if (record.run_id not in states or states[record.run_id].event not in FINAL_EVENTS)
+            and (record.segment is None or record.segment.generation == newest)
         ]
 
 
@@ -164,8 +167,10 @@ def resume_sweep(name: str, changes: Mapping[str, Any] | None = None, storage: s
     return _run(plan)
 
 
-def _resumed_search(folder: Path, definition: dict[str, Any], records: Mapping[str, RunRecord]) -> Search | None:
-    if definition.get("design") != "optuna":
+def _resumed_search(
+    folder: Path, definition: dict[str, Any], records: Mapping[str, RunRecord]
+) -> Search | Population | None:
+    if definition.get("design") != "optuna" and definition["scheduler"] != "pbt":
         return None
     first = next(iter(records.values()))
     checked = check(sweep_of(definition, first.config))
@@ -178,6 +183,10 @@ def _resumed_search(folder: Path, definition: dict[str, Any], records: Mapping[s
         git_commit(),
         first.stop_collapsed,
     )
+    if definition["scheduler"] == "pbt":
+        (row,) = checked.rows
+        checked.trial(row, first.changes, 0)  # the cluster may be another than it was
+        return Population(checked, folder, definition["metric"], definition["mode"], recorder.record)
     return Search(checked, folder, definition["objectives"], recorder.record)
 
 
@@ -256,6 +265,9 @@ def _write_plan(sweep: Sweep) -> _Plan:
                 f"sweep.grace_steps = {sweep.grace_steps}: {what} could be stopped; must be less than the "
                 f"{shortest} steps of a trial"
             )
+    num_segments = None
+    if sweep.scheduler == "pbt":
+        num_segments = len(trials) * generations_of(sweep, int(records[trials[0].trial_id].derived["total_steps"]))
     for note in scheduler_notes(sweep.scheduler, (trial.config for trial in trials)):
         print(note, flush=True)
     definition = {
@@ -274,19 +286,31 @@ def _write_plan(sweep: Sweep) -> _Plan:
         "reduction_factor": sweep.reduction_factor,
         "brackets": sweep.brackets,
         "stop_collapsed": sweep.stop_collapsed,
+        "num_segments": num_segments,
         **design_definition(checked, trials, choice),
         "trials": [_entry(trial) for trial in trials],
     }
-    plan = _Plan(folder, definition, records, _new_search(checked, folder, definition["objectives"], recorder))
+    plan = _Plan(folder, definition, records, _new_search(checked, folder, definition, records, recorder))
     for trial_id, record in records.items():
         record.write(plan.run_dir(trial_id))
     write_json(folder / SWEEP_FILE, definition)
     return plan
 
 
-def _new_search(checked: CheckedSweep, folder: Path, objectives: dict[str, Mode], recorder: _Recorder) -> Search | None:
+def _new_search(
+    checked: CheckedSweep,
+    folder: Path,
+    definition: Mapping[str, Any],
+    records: Mapping[str, RunRecord],
+    recorder: _Recorder,
+) -> Search | Population | None:
+    if checked.sweep.scheduler == "pbt":
+        population = Population(checked, folder, definition["metric"], definition["mode"], recorder.record)
+        population.begin(records)
+        return population
     if checked.sweep.design != "optuna":
         return None
+    objectives: dict[str, Mode] = definition["objectives"]
     search = Search(checked, folder, objectives, recorder.record)
     search.begin(first_suggestions(checked, list(objectives.values())))
     return search
@@ -301,7 +325,7 @@ def _run(plan: _Plan) -> SweepResult:
     lengths = "; ".join(dict.fromkeys(map(length_in_words, plan.records.values())))
     print(
         f"sweep {name}: {len(plan.records)} trials, {len(open_trials)} to run, each of {lengths}; "
-        f"{f'{more} more configurations to be searched for; ' if more else ''}"
+        f"{f'{more} more {plan.search.unit}; ' if more and plan.search is not None else ''}"
         f"records in {plan.folder}",
         flush=True,
     )
@@ -373,7 +397,9 @@ def _tune(plan: _Plan, open_trials: list[str], ledger: Ledger, runs: list[RunPro
     if plan.search is not None:
         from orchestrator.tune_search import RecordedSearch
 
-        space, search = {}, {"search_alg": RecordedSearch(list(trials), more, launcher), "num_samples": num_trials}
+        together = isinstance(plan.search, Population)
+        algorithm = RecordedSearch(list(trials), more, launcher, together=together)
+        space, search = {}, {"search_alg": algorithm, "num_samples": num_trials}
     tuner = tune.Tuner(
         tune.with_resources(tune_trial, trial_resources(config, launcher)),
         param_space=space,

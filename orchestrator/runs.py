@@ -17,7 +17,7 @@ from dino_core.config import ConfigError
 from dino_core.schedules import build_schedules
 from orchestrator.config import RunConfig
 from orchestrator.overrides import flatten, override
-from orchestrator.records import RUN_FILE, SWEEP_FILE, RunRecord
+from orchestrator.records import RUN_FILE, SWEEP_FILE, RunRecord, Segment
 
 if TYPE_CHECKING:
     from orchestrator.data.sources import Source
@@ -36,6 +36,8 @@ class Trial:
     row: str | None = None
     method: str | None = None
     paper: Mapping[str, float] = field(default_factory=dict)
+    segment: Segment | None = None
+    """Which part of a run it is, in population-based training."""
 
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -127,6 +129,7 @@ def prepare_run(
         paper=dict(trial.paper) if trial else {},
         paper_setting=paper_setting,
         stop_collapsed=stop_collapsed,
+        segment=trial.segment if trial else None,
         git_commit=commit,
         data_digest=data_digest,
         data={

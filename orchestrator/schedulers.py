@@ -13,21 +13,12 @@ if TYPE_CHECKING:
 
 SchedulerName = Literal["none", "asha", "median", "hyperband", "pbt"]
 
-PBT_REFUSED = (
-    "scheduler = pbt: must be one of none, asha, median, hyperband. Population-based training copies weights between "
-    "trials and changes their settings on the way, so that a trial would not be the configuration that its record, and "
-    "its group in a comparison, say it is; and with cluster.launcher = train, where the trial only starts a "
-    "TorchTrainer, Tune has no checkpoint to copy (docs/sweeps.md, Stopping early). To compare values that change "
-    "during a run, vary schedules, such as pretrain.teacher.momentum_schedule"
-)
-
 
 def scheduler_problems(scheduler: str, grace_steps: int | None, brackets: int) -> list[str]:
-    """What is wrong with a sweep's choice of scheduler, each line opening with the setting."""
-    if scheduler == "pbt":
-        return [PBT_REFUSED]
+    """What is wrong with a sweep's choice of scheduler, each line opening with the setting; of `pbt`
+    `population.population_problems` says more."""
     problems = []
-    if scheduler != "none" and grace_steps is None:
+    if scheduler not in ("none", "pbt") and grace_steps is None:
         problems.append(
             f"grace_steps = None: must be a whole number >= 1 when sweep.scheduler = {scheduler}, "
             "the steps that every trial gets before it can be stopped"
@@ -89,7 +80,8 @@ def _following_the_length(config: RunConfig) -> list[str]:
 
 
 def make_scheduler(definition: Mapping[str, Any], longest: int) -> TrialScheduler | None:
-    """Tune's scheduler for a sweep's definition (`sweep.json`); None runs every trial to its end.
+    """Tune's scheduler for a sweep's definition (`sweep.json`); None runs every trial to its end, as the segments of a
+    population do, of which `orchestrator.population` decides.
 
     All count in our own optimiser steps: Tune's `training_iteration` starts again when a trial is restarted.
 
@@ -101,7 +93,7 @@ def make_scheduler(definition: Mapping[str, Any], longest: int) -> TrialSchedule
         longest: Steps of the longest trial.
     """
     name = definition["scheduler"]
-    if name == "none":
+    if name in ("none", "pbt"):
         return None
     from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule
 

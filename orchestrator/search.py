@@ -13,7 +13,7 @@ import statistics
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from dino_core.config import ConfigError
 from orchestrator.designs import Point
@@ -183,6 +183,8 @@ class Search:
     objectives: dict[str, Mode]
     prepare: Callable[[Trial], RunRecord]
     """The record of a new trial. Raises ConfigError if it cannot run."""
+    unit: ClassVar[str] = "configurations to be searched for"
+    """What `left` counts."""
     _ended: dict[int, Asked] = field(default_factory=dict)
     """By number, suggestions whose outcome stands."""
 

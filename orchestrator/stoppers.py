@@ -138,7 +138,7 @@ def stop_of(run_dir: Path, by: str, step: int, diagnosis: Diagnosis | None = Non
     """What ending a run at `step` comes to, from its record and journal."""
     record = RunRecord.read(run_dir)
     config = override(RunConfig(), record.config)
-    total_steps = int(record.derived["total_steps"])
+    total_steps = record.last_step
     curves = read_curves(run_dir)
     hours_per_step = _seconds_per_step(config, curves) * config.cluster.num_devices / 3600
     used = curves.get(_USED)

@@ -47,6 +47,7 @@ from orchestrator.overrides import (
     override,
     show,
 )
+from orchestrator.population import first_generation, launcher_problems, population_problems, space_problems
 from orchestrator.preflight import model_problems
 from orchestrator.runs import Trial, check_name
 from orchestrator.schedulers import SchedulerName, scheduler_problems
@@ -140,7 +141,8 @@ class Sweep(CheckedConfig):
     scheduler: SchedulerName = "none"
     """`none` runs every trial to its end; `asha` stops those that fall behind early (arXiv 1810.05934); `median` those
     whose best value is below the median of the others' means so far (Google Vizier); `hyperband` is `asha` with several
-    `brackets`; `pbt` is refused, with the reason."""
+    `brackets`; `pbt` is population-based training (arXiv 1711.09846): each configuration of the design is a member, and
+    bad ones go on from the weights of good ones with changed settings."""
     grace_steps: int | None = number(None, ge=1)
     """asha, median, hyperband: steps that every trial gets before it can be stopped."""
     reduction_factor: int = number(4, ge=2)
@@ -148,6 +150,12 @@ class Sweep(CheckedConfig):
     brackets: int = number(1, ge=1)
     """hyperband: groups that trials are dealt to; each is judged first reduction_factor times later than the one
     before."""
+    generation_steps: int | None = number(None, ge=1)
+    """pbt: steps after which the members are compared, each time."""
+    exploit_quantile: float = number(0.25, gt=0, le=0.5)
+    """pbt: share of the members, the last ones, that go on from one of as many first ones."""
+    resample_prob: float = number(0.25, ge=0, le=1)
+    """pbt: probability with which a setting of theirs is drawn anew instead of moved a little."""
     stop_collapsed: bool = False
     """End a trial when two agreeing signals have said at two logged steps in a row that it has collapsed."""
 
@@ -186,6 +194,7 @@ class Sweep(CheckedConfig):
                 problems.append(
                     f"method = {self.method}: must be none for a sweep with rows, which say themselves what they are"
                 )
+        problems += population_problems(self) if self.scheduler == "pbt" else []
         return problems + scheduler_problems(self.scheduler, self.grace_steps, self.brackets)
 
     def _design_problems(self) -> list[str]:
@@ -299,6 +308,7 @@ def check(sweep: Sweep) -> CheckedSweep:
         fixed_keys[SEED] = f"cannot vary while sweep.seeds = {sweep.seeds}; use one of the two"
     space, still_more = check_space(sweep.space, sweep.conditions, fixed_keys)
     problems += [*more, *still_more, *_conflicts(sweep, rows)]
+    problems += space_problems(space) if sweep.scheduler == "pbt" else []
     if sweep.design not in DRAWN:
         problems += [
             f"{key} = {values}: is a range, from which sweep.design = {sweep.design} cannot choose; give a list of "
@@ -325,7 +335,8 @@ def check(sweep: Sweep) -> CheckedSweep:
 def expand(sweep: Sweep) -> list[Trial]:
     """All trials: every row and configuration with the first seed, then with the second, and so on.
 
-    Of a search (`design = optuna`) those are returned that are known before the first result.
+    Of a search (`design = optuna`) and a population (`scheduler = pbt`) those are returned that are known before the
+    first result.
 
     Raises ConfigError with all problems of all trials: unknown keys, wrong values, settings that do not go together,
     more than `MAX_TRIALS` trials.
@@ -351,7 +362,7 @@ def expand(sweep: Sweep) -> list[Trial]:
     if wrong:
         count = len(points) * sweep.seeds
         raise ConfigError("\n".join(line + in_trials(labels, count) for line, labels in wrong.items()))
-    return list(trials.values())
+    return list(trials.values()) if sweep.scheduler != "pbt" else first_generation(sweep, list(trials.values()))
 
 
 def _is_pair(value: Any) -> bool:
@@ -362,8 +373,10 @@ def _check_trial(sweep: Sweep, config: RunConfig) -> None:
     problems = model_problems(config)
     if config.cluster.launcher == "local":
         problems.append("cluster.launcher = local: is without Ray, which runs a sweep's trials; use trial or train")
+    if sweep.scheduler == "pbt":
+        problems += launcher_problems(config.cluster.launcher, config.cluster.num_workers)
     by_evaluation = sweep.metric is None or sweep.metric.startswith("eval/")
-    if sweep.scheduler != "none" and by_evaluation and config.pretrain.eval.every_steps is None:
+    if sweep.scheduler not in ("none", "pbt") and by_evaluation and config.pretrain.eval.every_steps is None:
         problems.append(
             f"pretrain.eval.every_steps = None: must be a whole number >= 1 when sweep.scheduler = {sweep.scheduler}, "
             f"which judges trials by {sweep.metric or 'an evaluation'} while they run"

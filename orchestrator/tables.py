@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from orchestrator.compare import KNN_METRIC, ROW, Comparison, Group, Row
+from orchestrator.lineage import in_words
 from orchestrator.regret import LABEL_FREE, Regret, regrets
 from orchestrator.statistics import Difference
-from orchestrator.trials import SEED_KEY
+from orchestrator.trials import SEED_KEY, TrialSummary
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
@@ -46,9 +47,12 @@ class Table:
 
 def tables(comparison: Comparison) -> list[Table]:
     """The ranked trials; before them, when they were repeated with other seeds, the configurations; behind them, where
-    both exist, what choosing by a score without labels would have lost."""
+    both exist, what choosing by a score without labels would have lost. Of a population also how its best member's
+    settings changed."""
     found = [configuration_table(comparison)] if comparison.has_seeds else []
     found.append(trial_table(comparison))
+    schedule = schedule_table(comparison)
+    found += [schedule] if schedule is not None else []
     regret = regret_table(comparison)
     return [*found, regret] if regret.rows else found
 
@@ -70,8 +74,25 @@ def trial_table(comparison: Comparison) -> Table:
         ("status", False, lambda row: row.trial.status),
         ("step", True, lambda row: number(row.trial.last_step, 0)),
         ("images/s", True, lambda row: number(row.trial.images_per_s, 0)),
+        *([("weights from", False, lambda row: in_words(row.trial) or "-")] if comparison.has_members else []),
     ]
     return _table("Trials", columns, comparison.rows)
+
+
+def schedule_table(comparison: Comparison) -> Table | None:
+    """The settings of the best member of a population, generation by generation; None where no trial has several."""
+    best = next((row.trial for row in comparison.rows if row.trial.lineage), None)
+    if best is None:
+        return None
+    segments = (*best.lineage, best)
+    changed = [key for key in comparison.keys if key != ROW and len({each.params.get(key) for each in segments}) > 1]
+    columns: list[tuple[str, bool, Callable[[TrialSummary], str]]] = [
+        ("steps", True, lambda each: f"{each.segment.start_step}-{each.segment.stop_step}" if each.segment else "-"),
+        ("trained as", False, lambda each: each.name),
+        *((key, True, lambda each, key=key: each.params.get(key, "-")) for key in changed),
+        (f"{metric_title(comparison.metric)} at its end", True, lambda each: number(each.last(comparison.metric), 2)),
+    ]
+    return _table(f"Schedule of {best.name}", columns, segments)
 
 
 def configuration_table(comparison: Comparison) -> Table:

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from orchestrator.config import TrackingConfig
 from orchestrator.mlflow_runs import CONTEXT_TAG, MlflowRun, runs_to_show
-from orchestrator.records import METRICS_FILE, SYSTEM_FILE, Event, read_lines, write_json
+from orchestrator.records import EVALUATIONS_DIR, METRICS_FILE, SYSTEM_FILE, Event, read_lines, write_json
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -169,6 +169,7 @@ class Delivered:
     offset: int = 0
     """Bytes of the journal."""
     system_offset: int = 0
+    evaluations_offset: int = 0
     artifacts: dict[str, float] = field(default_factory=dict)
     """File to modification time."""
 
@@ -223,7 +224,8 @@ def deliver(
     for run in changed:
         sending.apart(run, sending.end)
     for run in runs:
-        for part in (sending.params, sending.tags, sending.inputs, sending.metrics, sending.system, sending.files):
+        parts = (sending.params, sending.tags, sending.inputs, sending.metrics, sending.system)
+        for part in (*parts, sending.evaluations, sending.files):
             if hurry():
                 return list(sending.deleted.values())
             sending.apart(run, part)
@@ -399,6 +401,12 @@ class _Sending:
     def system(self, run: MlflowRun, state: Delivered) -> None:
         for end in self._points(run, state, SYSTEM_FILE, state.system_offset):
             state.system_offset = end
+            state.save(run.folder)
+
+    def evaluations(self, run: MlflowRun, state: Delivered) -> None:
+        """What was measured afterwards."""
+        for end in self._points(run, state, f"{EVALUATIONS_DIR}/{METRICS_FILE}", state.evaluations_offset):
+            state.evaluations_offset = end
             state.save(run.folder)
 
     def _points(self, run: MlflowRun, state: Delivered, name: str, offset: int) -> Iterator[int]:

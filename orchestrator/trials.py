@@ -15,6 +15,7 @@ from dino_core.config import ConfigError
 from dino_core.diagnosis import Diagnosis, Verdict, diagnose
 from orchestrator import records, tracking
 from orchestrator.config import RunConfig
+from orchestrator.lineage import newest_segments
 from orchestrator.overrides import config_keys, override
 
 Curve = list[tuple[int, float]]
@@ -86,6 +87,10 @@ class TrialSummary:
     definition: Mapping[str, Any] | None = field(default=None, repr=False, compare=False)
     """That of its sweep (`sweep.json`), the same object for all its trials; None outside a sweep."""
     load_pictures: Callable[[], Pictures | None] | None = field(default=None, repr=False, compare=False)
+    segment: records.Segment | None = None
+    """Of a trial in population-based training: which part of a run it is."""
+    lineage: tuple[TrialSummary, ...] = field(default=(), repr=False, compare=False)
+    """The segments before it that its weights went through, oldest first; `curves` are then those of all of them."""
 
     @cached_property
     def pictures(self) -> Pictures | None:
@@ -213,7 +218,8 @@ def check_metric(metric: str, trials: Sequence[TrialSummary]) -> None:
 
 
 def load_from_disk(folder: Path | str) -> list[TrialSummary]:
-    """The trials of a sweep's folder, the one run of a run's folder, or all runs of a folder that holds some.
+    """The trials of a sweep's folder, the one run of a run's folder, or all runs of a folder that holds some. Of a
+    population each member's newest segment, with its lineage.
 
     Raises CompareError, naming the folder, if there is no record of a run.
     """
@@ -224,7 +230,8 @@ def load_from_disk(folder: Path | str) -> list[TrialSummary]:
         return [_read_run(folder, records.read_states(sweep), _definition_of(sweep))]
     if (folder / records.SWEEP_FILE).is_file():
         states, definition = records.read_states(folder), _definition_of(folder)
-        return [_read_run(run, states, definition) for run in _run_dirs(folder / records.TRIALS_DIR, folder)]
+        runs = _run_dirs(folder / records.TRIALS_DIR, folder)
+        return newest_segments(_read_run(run, states, definition) for run in runs)
     return [_read_run(run, records.read_states(run)) for run in _run_dirs(folder, folder)]
 
 
@@ -266,14 +273,14 @@ def _read_run(
         record_name=tracking.unique_name(run_dir.resolve()),
         definition=definition,
         load_pictures=partial(_pictures_on_disk, run_dir),
+        segment=record.segment,
     )
 
 
 def _curves(run_dir: Path, state: records.RunState | None) -> dict[str, Curve]:
-    """The journal's, and the figures of the run's end as MLflow has them, at step 0."""
-    return records.read_curves(run_dir) | {
-        name: [(0, value)] for name, value in (state.numbers if state else {}).items()
-    }
+    """The journal's, those of evaluations, and the figures of the run's end as MLflow has them, at step 0."""
+    ended = {name: [(0, value)] for name, value in (state.numbers if state else {}).items()}
+    return records.read_curves(run_dir) | records.read_evaluations(run_dir) | ended
 
 
 def _pictures_on_disk(run_dir: Path) -> Pictures | None:

@@ -44,7 +44,7 @@ class LedgerCallback(tune.Callback):
         step = int((trial.last_result or {}).get("step", 0))
         if failure is not None:
             self._ledger.record(record.run_id, "failed", failure)
-        elif stop is not None or step < record.derived["total_steps"]:
+        elif stop is not None or step < record.last_step:
             if stop is None:
                 stop = stop_of(run_dir, self._scheduler, step)
                 stop.write(run_dir)

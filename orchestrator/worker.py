@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Generator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING, TypeVar
 from dino_core.config import ConfigError
 from orchestrator.config import Launcher, RunConfig
 from orchestrator.errors import RunFailed
+from orchestrator.lean_imports import without_compiler
+from orchestrator.lineage import lineage_curves
 from orchestrator.overrides import override
-from orchestrator.records import CHECKPOINTS_DIR, RUN_FILE, Journal, RunRecord, read_curves, write_json
-from orchestrator.run_clock import RunClock
+from orchestrator.records import CHECKPOINTS_DIR, RUN_FILE, Journal, RunRecord, write_json
+from orchestrator.run_clock import EvaluationBudget, RunClock
 from orchestrator.stoppers import STOPPED_FILE, Collapsed, CollapseStopper, first_judged_step, stop_of
 from orchestrator.system_metrics import recorded_machine
 
@@ -71,12 +73,6 @@ def run_worker(run_dir: Path, place: Place, report: Report) -> None:
         Exception: With several workers, any failure: the others may wait for this one, and the launcher must end them.
     """
     began = time.perf_counter()
-    import torch
-
-    from dino_core.checkpoint import CheckpointError
-    from dino_core.train import NonFiniteLossError
-    from orchestrator.data.stream import TooManyBadSamples
-
     if not (run_dir / RUN_FILE).exists():
         raise FileNotFoundError(
             f"{run_dir}: not visible on this machine; cluster.storage must be a folder that all machines share"
@@ -84,6 +80,13 @@ def run_worker(run_dir: Path, place: Place, report: Report) -> None:
     if read_failure(run_dir) is not None or (run_dir / STOPPED_FILE).exists():
         return
     config = override(RunConfig(), RunRecord.read(run_dir).config)
+    import torch
+
+    with nullcontext() if config.pretrain.model.compile else without_compiler():
+        from dino_core.checkpoint import CheckpointError
+        from dino_core.train import NonFiniteLossError
+        from orchestrator.data.stream import TooManyBadSamples
+
     torch.set_num_threads(config.cluster.cpus_per_worker)
     try:
         with recorded_machine(run_dir, place):
@@ -103,7 +106,13 @@ def run_worker(run_dir: Path, place: Place, report: Report) -> None:
 
 
 def _train(run_dir: Path, config: RunConfig, place: Place, report: Report, began: float) -> None:
-    from dino_core.checkpoint import latest_checkpoint, load_checkpoint, prune_checkpoints, save_checkpoint
+    from dino_core.checkpoint import (
+        checkpoint_path,
+        latest_checkpoint,
+        load_checkpoint,
+        prune_checkpoints,
+        save_checkpoint,
+    )
     from dino_core.crops import MultiCrop
     from dino_core.train import TrainState, train
     from orchestrator.data.bad_samples import BadSampleLog
@@ -120,6 +129,8 @@ def _train(run_dir: Path, config: RunConfig, place: Place, report: Report, began
     state = TrainState.create(pretrain, len(source.train), place.device)
     checkpoints = run_dir / CHECKPOINTS_DIR
     newest = _same_on_all_ranks(latest_checkpoint(checkpoints) if place.rank == 0 else None, place)
+    if newest is None and record.segment is not None and record.segment.parent is not None:
+        newest = checkpoint_path(run_dir.parent / record.segment.parent / CHECKPOINTS_DIR, record.segment.start_step)
     if newest is not None:
         load_checkpoint(state, newest)
     crops = MultiCrop(pretrain.crops, pretrain.seed)
@@ -128,7 +139,7 @@ def _train(run_dir: Path, config: RunConfig, place: Place, report: Report, began
     journal = Journal(run_dir) if place.rank == 0 else None
     stopper = None
     if record.stop_collapsed:
-        stopper = CollapseStopper(pretrain, first_judged_step(pretrain, state.schedules), read_curves(run_dir))
+        stopper = CollapseStopper(pretrain, first_judged_step(pretrain, state.schedules), lineage_curves(run_dir))
     latest: dict[str, float] = {}
 
     def on_log(step: int, metrics: dict[str, float]) -> None:
@@ -153,16 +164,23 @@ def _train(run_dir: Path, config: RunConfig, place: Place, report: Report, began
                 prune_checkpoints(checkpoints, config.cluster.keep_checkpoints)
 
     try:
-        with closing(_batches(config, source, loader, crops, state, place)) as batches:
+        with closing(_batches(config, source, loader, crops, state, record.last_step, place)) as batches:
             finished = (crops.finish(bad.note(batch), place.device) for batch in clock.waiting_for(batches))
             evaluate = make_evaluate(config, source, digest)
             if pretrain.eval.num_pictures:
                 pictures = Pictures(config, source, loader, run_dir) if place.rank == 0 else None
                 evaluate = _with_pictures(evaluate, pictures)
             if evaluate is not None:
-                evaluate = _timed(evaluate, clock)
+                evaluate = _timed(evaluate, clock, place, record.last_step)
             clock.started()
-            train(state, finished, on_log=on_log, on_checkpoint=on_checkpoint, evaluate=evaluate)
+            train(
+                state,
+                finished,
+                on_log=on_log,
+                on_checkpoint=on_checkpoint,
+                evaluate=evaluate,
+                stop_step=record.last_step,
+            )
             if evaluate is None:  # else the last evaluation told that the run is complete
                 report({**latest, "step": state.step, "total_steps": state.schedules.total_steps})
     except Collapsed as collapse:
@@ -173,11 +191,19 @@ def _train(run_dir: Path, config: RunConfig, place: Place, report: Report, began
             journal.close()
 
 
-def _timed(evaluate: Evaluate, clock: RunClock) -> Evaluate:
-    """An evaluation that also says where the time of the run went, its own included."""
+def _timed(evaluate: Evaluate, clock: RunClock, place: Place, last_step: int) -> Evaluate:
+    """An evaluation that also says where the time of the run went, its own included; left out where it would take more
+    of it than `pretrain.eval.max_share`."""
+    budget: EvaluationBudget | None = None
 
     def timed(state: TrainState) -> dict[str, float]:
-        with clock.during("evaluation"):
+        nonlocal budget
+        max_share = state.config.eval.max_share
+        budget = budget or EvaluationBudget(max_share)
+        is_between = 0 < state.step < last_step
+        if is_between and max_share is not None and not _same_on_all_ranks(budget.allows(), place):
+            return {"time/evaluations_left_out": budget.num_left_out}
+        with clock.during("evaluation"), budget.another() if is_between else budget.first():
             metrics = evaluate(state)
         return metrics | clock.parts()
 
@@ -208,7 +234,13 @@ def _same_on_all_ranks(found: Found, place: Place) -> Found:
 
 
 def _batches(
-    config: RunConfig, source: Source, loader: Loader, crops: MultiCrop, state: TrainState, place: Place
+    config: RunConfig,
+    source: Source,
+    loader: Loader,
+    crops: MultiCrop,
+    state: TrainState,
+    stop_step: int,
+    place: Place,
 ) -> Generator[Batch]:
     """This worker's rows of every global batch from the state's step on; by Ray Data wherever there is Ray."""
     from orchestrator.data.plan import index_plan
@@ -221,7 +253,7 @@ def _batches(
         crops=crops,
         plan=index_plan(config, source.train),
         start_step=state.step,
-        stop_step=state.schedules.total_steps,
+        stop_step=stop_step,
         rank=place.rank,
         world_size=place.world,
     )

@@ -16,6 +16,8 @@ import pytest
 from dino_core.config import CheckedConfig
 from orchestrator.config import RunConfig
 from orchestrator.dry_run import show_value
+from orchestrator.evaluate.settings import FeaturesConfig
+from orchestrator.evaluate.suite import SUITES, load_suite
 from orchestrator.overrides import Key, config_keys
 from orchestrator.sweep import Sweep, setting_keys
 
@@ -32,6 +34,7 @@ in error messages. Recipes change the defaults; `--dry-run` prints the values th
 - No value (None below) is written `none` or `null`, a truth value `true` or `false`, a pair `[0.4, 1.0]` or `0.4,1.0`.
 - Batch sizes are global. A duration ends in its unit: `_steps` are optimiser steps, `_epochs` passes over the training
   images (fractions allowed), `_s` seconds.
+- `features.*` and the groups behind it are settings of [evaluate](evaluation.md#after-the-training) and of no run.
 - The last columns give the name of the same choice in the authors' code: the flag of DINO, the key of DINOv2.
 
 This page is made from the code; `python -m tests.test_docs` writes it again.
@@ -82,14 +85,21 @@ def _code(name: str) -> str:
     return name if name == "-" else f"`{name}`"
 
 
+def parts_of_evaluate() -> list[tuple[str, type]]:
+    """The classes of the settings that the command `evaluate` has for itself, with the prefixes of their keys."""
+    options = [load_suite(name).options for name in SUITES]
+    return [(f"{part.path}.", part) for part in (FeaturesConfig, *options)]  # type: ignore[attr-defined]
+
+
 def page() -> str:
     sections = [section(prefix, part, config_keys()) for prefix, part in parts(RunConfig, "")]
     sections.append(section("sweep.", Sweep, setting_keys()))
+    sections += [section(prefix, part, config_keys(part, prefix)) for prefix, part in parts_of_evaluate()]
     return "\n".join([INTRODUCTION, *filter(None, sections)])
 
 
 def all_parts() -> list[type]:
-    return [part for _, part in [*parts(RunConfig, ""), ("sweep.", Sweep)]]
+    return [part for _, part in [*parts(RunConfig, ""), ("sweep.", Sweep), *parts_of_evaluate()]]
 
 
 @pytest.mark.parametrize("part", all_parts(), ids=lambda part: part.__name__)

@@ -120,11 +120,13 @@ def test_commands_in_pages_exist() -> None:
     """Command, options, recipe or sweep, and keys; nothing is run."""
     from orchestrator.catalog import recipes, sweep_names
     from orchestrator.cli import cli
+    from orchestrator.evaluate.settings import setting_keys as keys_of_evaluate
+    from orchestrator.evaluate.suite import SUITES, load_suite
     from orchestrator.overrides import config_keys
     from orchestrator.sweep import setting_keys
 
     names = {"pretrain": set(recipes()), "sweep": {*recipes(), *sweep_names()}}
-    keys = {*config_keys(), *setting_keys()}
+    keys = {*config_keys(), *setting_keys(), *keys_of_evaluate([load_suite(name) for name in SUITES])}
     for page, words in _commands():
         where = f"{page.relative_to(ROOT)}: {' '.join(words)}"
         command, *arguments = words or ["--help"]

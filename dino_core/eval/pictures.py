@@ -16,7 +16,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from timm.layers.attention import Attention
 from torch import Tensor, nn
 
 from dino_core.crops import CropBatch
@@ -27,9 +26,12 @@ Picture = NDArray[np.uint8]
 
 TILE = 96
 """Side of an image in a picture, pixels."""
+_LARGE_TILE = 192
 _GAP = 2
 _WHITE = 255
 _HEAT_SHARE = 0.6
+_LABEL_SHARE = 0.5
+_DARKER = 4
 
 _HEAT = torch.tensor(
     [
@@ -41,38 +43,6 @@ _HEAT = torch.tensor(
 
 
 # --- from a backbone --------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def attention_maps(backbone: nn.Module, images: Tensor) -> Tensor | None:
-    """Attention of the class token to the patches in the last block, float32 [n, heads, h, w] on the CPU.
-
-    Computed again from queries and keys, since fused kernels do not give it. Over all tokens it sums to 1; the class
-    token itself and registers are left out. None for a backbone that is no ViT of timm's plain attention with a class
-    token (convnets, Swin, CaiT, those with rotary or relative positions, ...).
-
-    Args:
-        images: [n, 3, H, H], normalised.
-
-    Source: DINO (arXiv 2104.14294), figures 1 and 3.
-    """
-    blocks: Any = getattr(backbone, "blocks", None)
-    attention = getattr(blocks[-1], "attn", None) if isinstance(blocks, nn.Sequential | nn.ModuleList) else None
-    if not isinstance(attention, Attention) or getattr(backbone, "cls_token", None) is None:
-        return None
-    seen: list[Tensor] = []
-    handle = attention.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    try:
-        _forward_features(backbone, images)
-    finally:
-        handle.remove()
-    tokens = seen[0]  # [n, t, D]
-    with evaluating(attention):
-        qkv = attention.qkv(tokens).unflatten(-1, (3, attention.num_heads, -1))  # [n, t, 3, heads, d]
-        query, key = attention.q_norm(qkv[:, :1, 0]), attention.k_norm(qkv[:, :, 1])
-    scores = torch.einsum("nqhd,nthd->nhqt", query.float(), key.float()) * attention.scale
-    weights = scores.softmax(dim=-1)[:, :, 0, _num_prefix_tokens(backbone) :]  # [n, heads, h * w]
-    return _as_grid(weights, -1).cpu()
 
 
 @torch.no_grad()
@@ -148,13 +118,52 @@ def attention_picture(images: Sequence[Picture], maps: Tensor) -> Picture:
     Each map goes from 0 to its own largest value.
 
     Args:
-        images: uint8 [H, H, 3], what the maps [n, heads, h, w] were made from.
+        images: uint8 [H, W, 3], what the maps [n, heads, h, w] were made from.
     """
     rows = []
     for image, heads in zip(images, maps, strict=True):
         tile = _tile(image, TILE)
         rows.append([tile, *(_overlay(tile, heat) for heat in (heads.mean(dim=0), *heads))])
     return _grid(rows)
+
+
+def masks_picture(image: Picture, truth: NDArray[np.uint8], maps: Tensor, masks: Sequence[Tensor]) -> Picture:
+    """An image's attention by heads, and below it the masks made of it.
+
+    The first row is the image, the mean over the heads, each head, as in `attention_picture`; each other row the true
+    mask and one set of masks, as what is left bright of the image.
+
+    Args:
+        image: uint8 [H, W, 3], what the maps [heads, h, w] were made from.
+        truth: [H, W], 0 where there is no object.
+        masks: bool [1 + heads, h, w] each: of the mean, of each head.
+    """
+    tile = _tile(image, _LARGE_TILE)
+    rows = [[tile, *(_overlay(tile, heat) for heat in (maps.mean(dim=0), *maps))]]
+    for heads in masks:
+        shown = [_dimmed(tile, mask.numpy()) for mask in heads]
+        rows.append([_dimmed(tile, truth != 0), *shown])
+    return _grid(rows)
+
+
+def labels_picture(
+    images: Sequence[Picture], masks: Sequence[NDArray[np.uint8]], palette: Sequence[int] | None = None
+) -> Picture:
+    """Images in a row, each with its labels over it by colour.
+
+    Args:
+        images: uint8 [H, W, 3].
+        masks: uint8 [H, W]; 0 shows the image alone.
+        palette: red, green, blue of each label in turn; None: one of Viridis for each, over and over.
+    """
+    colours = _HEAT.numpy()[::-1] if palette is None else np.array(palette).reshape(-1, 3)
+    row = []
+    for image, mask in zip(images, masks, strict=True):
+        tile = _tile(image, _LARGE_TILE)
+        labels = _resized(np.repeat(mask[..., None], 3, axis=2), tile.shape[:2], smooth=False)
+        mixed = _LABEL_SHARE * colours[labels[..., 0].astype(np.int64) % len(colours)] + (1 - _LABEL_SHARE) * tile
+        row.append(np.where(labels == 0, tile, mixed.round()).astype(np.uint8))
+    return _grid([row])
 
 
 def features_picture(images: Sequence[Picture], features: Tensor) -> Picture:
@@ -164,14 +173,13 @@ def features_picture(images: Sequence[Picture], features: Tensor) -> Picture:
     its 98th percentile. Between two backbones colours do not correspond.
 
     Args:
-        images: uint8 [H, H, 3], what the features [n, h, w, D] were made from.
+        images: uint8 [H, W, 3], what the features [n, h, w, D] were made from.
     """
-    return _grid(
-        [
-            [_tile(image, TILE), _tile(colours, TILE)]
-            for image, colours in zip(images, principal_colours(features), strict=True)
-        ]
-    )
+    rows = []
+    for image, colours in zip(images, principal_colours(features), strict=True):
+        tile = _tile(image, TILE)
+        rows.append([tile, _resized(colours, tile.shape[:2])])
+    return _grid(rows)
 
 
 def principal_colours(features: Tensor) -> NDArray[np.uint8]:
@@ -214,12 +222,20 @@ def _square(image: Picture) -> Picture:
 
 
 def _tile(image: Picture, side: int) -> Picture:
-    """[H, H, 3] at another size: smoothed when made smaller, its pixels shown as they are when made larger."""
+    """[H, W, 3] at another size, its longer side `side`."""
+    height, width = image.shape[:2]
+    longer = max(height, width)
+    return _resized(image, (max(1, round(side * height / longer)), max(1, round(side * width / longer))))
+
+
+def _resized(image: Picture, size: Sequence[int], *, smooth: bool = True) -> Picture:
+    """[H, W, 3] as [*size, 3]: smoothed when made smaller, its pixels shown as they are when made larger."""
     pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None]
-    if image.shape[0] > side:
-        pixels = F.interpolate(pixels, size=(side, side), mode="bicubic", antialias=True)
-    elif image.shape[0] < side:
-        pixels = F.interpolate(pixels, size=(side, side), mode="nearest-exact")
+    size = list(size)
+    if smooth and image.shape[0] > size[0]:
+        pixels = F.interpolate(pixels, size=size, mode="bicubic", antialias=True)
+    elif list(image.shape[:2]) != size:
+        pixels = F.interpolate(pixels, size=size, mode="nearest-exact")
     resized: Picture = pixels[0].permute(1, 2, 0).contiguous().numpy()
     return resized
 
@@ -231,8 +247,15 @@ def _overlay(tile: Picture, heat: Tensor) -> Picture:
     share = (level - below)[..., None]
     colours = _to_bytes(_HEAT[below] * (1 - share) + _HEAT[below + 1] * share)
     grey = tile.mean(axis=2, keepdims=True)
-    mixed = _HEAT_SHARE * _tile(colours, tile.shape[0]) + (1 - _HEAT_SHARE) * grey
+    mixed = _HEAT_SHARE * _resized(colours, tile.shape[:2]) + (1 - _HEAT_SHARE) * grey
     return mixed.round().astype(np.uint8)
+
+
+def _dimmed(tile: Picture, mask: NDArray[np.bool_]) -> Picture:
+    """The image, dark where the mask [h, w] is not."""
+    wide = np.repeat(mask[..., None], 3, axis=2).astype(np.uint8) * _WHITE
+    inside = _resized(wide, tile.shape[:2]) > _WHITE // 2
+    return np.where(inside, tile, tile // _DARKER).astype(np.uint8)
 
 
 def _grid(rows: Sequence[Sequence[Picture]]) -> Picture:

@@ -46,6 +46,20 @@ def rankme(features: Tensor) -> float:
 
 
 @torch.no_grad()
+def effective_rank(features: Tensor) -> float:
+    """Directions in which features [n, D] differ from their mean: 1 to min(n - 1, D).
+
+    As `rankme`, of centred features: a mean that is far from 0 is one direction more there, and hides the others.
+
+    Source: Roy and Vetterli, "The effective rank" (EUSIPCO 2007), of the centred matrix.
+
+    Raises:
+        ValueError: not [n, D] with n >= 1, or not finite.
+    """
+    return _effective_rank(_eigenvalues(_centred(_checked(features, 2), features)).sqrt())
+
+
+@torch.no_grad()
 def lidar(features: Tensor, delta: float = 1e-4) -> float:
     """Directions in which images differ, measured by how much the views of an image do; 1 to min(n - 1, D).
 

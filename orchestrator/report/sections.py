@@ -16,6 +16,7 @@ from orchestrator.tables import (
     html_table,
     metric_title,
     number,
+    schedule_table,
     trial_table,
 )
 from orchestrator.trials import TrialSummary
@@ -54,12 +55,14 @@ def tiles(comparison: Comparison) -> str:
 
 def ranking_tables(comparison: Comparison, differences: str = "") -> list[str]:
     """The configurations, where seeds repeat them, with the chart of their differences, and the trials; each trial
-    opens to what its numbers come from."""
-    trials = _ranking_table(comparison)
+    opens to what its numbers come from; of a population also the best member's schedule."""
+    trials = [_ranking_table(comparison)]
+    schedule = schedule_table(comparison)
+    trials += [wide(html_table(schedule), len(schedule.rows))] if schedule is not None else []
     if not comparison.has_seeds:
-        return [trials]
+        return trials
     configurations = html_table(configuration_table(comparison), _mark_configuration)
-    return [wide(configurations, len(comparison.groups)), differences, trials]
+    return [wide(configurations, len(comparison.groups)), differences, *trials]
 
 
 def _mark_configuration(_index: int, header: str, cell: str) -> str:

@@ -17,8 +17,8 @@ import pytest
 
 from dino_core.causes import likely_cause
 from dino_core.config import (
-    IBOTConfig,
     HeadConfig,
+    IBOTConfig,
     LossConfig,
     OptimConfig,
     PredictorConfig,

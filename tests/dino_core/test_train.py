@@ -116,8 +116,9 @@ class Recorder:
     def evaluate(self, state: TrainState) -> dict[str, float]:
         return {"eval/x": float(state.step)}
 
-    def run(self, state: TrainState, stream: Any) -> None:
-        train(state, stream, on_log=self.on_log, on_checkpoint=self.on_checkpoint, evaluate=self.evaluate)
+    def run(self, state: TrainState, stream: Any, stop_step: int | None = None) -> None:
+        called = {"on_log": self.on_log, "on_checkpoint": self.on_checkpoint, "evaluate": self.evaluate}
+        train(state, stream, **called, stop_step=stop_step)
 
 
 # ------------------------------------------------------------------------------------------------------------- create
@@ -523,6 +524,19 @@ class Stream:
 
     def close(self) -> None:
         self.closed = True
+
+
+def test_a_run_in_two_parts_is_bitwise_the_whole_one():
+    whole, parts = (TrainState.create(CONFIG, NUM_SAMPLES) for _ in range(2))
+    Recorder().run(whole, batches())
+    recorder = Recorder()
+    for start, stop in ((0, 6), (6, 10)):
+        recorder.run(parts, batches(start=start, stop=stop), stop_step=stop)
+        assert recorder.calls[-3:] == [("log", stop - 1), ("checkpoint", stop), ("eval", stop)]
+    assert equal(snapshot(parts), snapshot(whole))
+    for stop in (0, 11):
+        with pytest.raises(ValueError, match=f"stop_step = {stop}: must be >= 1 and at most the 10 steps of the run"):
+            Recorder().run(whole, batches(), stop_step=stop)
 
 
 def test_with_wsd_the_first_steps_of_a_run_do_not_depend_on_its_length():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -75,10 +76,13 @@ def _wait_for_head(process: subprocess.Popen[bytes], dashboard: int, temporary: 
     deadline = time.monotonic() + 200
     while time.monotonic() < deadline and process.poll() is None:
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{dashboard}/api/version", timeout=5):
-                return
+            # The dashboard answers before there is a node, long before on a busy machine.
+            with urllib.request.urlopen(f"http://127.0.0.1:{dashboard}/nodes?view=summary", timeout=5) as answer:
+                if json.load(answer)["data"]["summary"]:
+                    return
         except OSError:
-            time.sleep(0.5)
+            pass
+        time.sleep(0.5)
     raise AssertionError((temporary / "head.log").read_text())
 
 

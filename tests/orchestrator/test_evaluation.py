@@ -282,6 +282,27 @@ def test_an_image_of_both_choices_is_read_once_and_views_once_more() -> None:
     assert len(reads) == NUM_TRAIN + 10 + 2 * PROBED
 
 
+def test_the_next_trial_in_a_process_finds_the_images_made() -> None:
+    reads: list[int] = []
+    found = {}
+    for name, change in {
+        "first": {},
+        "trial": {"pretrain.seed": 7, "pretrain.teacher.temp": 0.07, "pretrain.head.num_prototypes": 8},
+        "crops": {"pretrain.crops.global_scale": (0.5, 1.0)},
+    }.items():
+        config = override(CONFIG, {**LIDAR, **change})
+        function = make_evaluate(config, source_of(on_read=reads.append), "a" * 32)
+        assert function is not None
+        state = TrainState.create(config.pretrain, NUM_TRAIN, "cpu")
+        found[name] = (function(state), len(reads))
+        alone = make_evaluate(config, source_of())
+        assert alone is not None and alone(state) == found[name][0]
+    once = NUM_TRAIN + 10 + 2 * PROBED
+    assert [num_reads for _, num_reads in found.values()] == [once, once, 2 * once]
+    assert found["first"][0] != found["trial"][0] != found["crops"][0]
+    assert len(evaluation._kept) == 1, "what no trial needs any more is forgotten"
+
+
 def test_parts_can_be_left_out() -> None:
     off = override(CONFIG, {"pretrain.eval.num_label_free": 0})
     assert make_evaluate(off, without_labels(source_of())) is None

@@ -503,10 +503,14 @@ def test_images_without_labels(kind: str, store: Store, tmp_path: Path) -> None:
             (source / f"{number}.png").write_bytes(data)
     else:
         pq.write_table(pa.table({"image": encoded}), source)
-    ended = command(*store.arguments({"data.source": source, "data.max_bad_fraction": 0.1}))
+    # Evaluations between the first and the last are due, but have no time.
+    no_time = {"pretrain.eval.every_steps": 1, "pretrain.eval.max_share": 1e-9}
+    ended = command(*store.arguments({"data.source": source, "data.max_bad_fraction": 0.1, **no_time}))
     assert ended.code == 0, ended.output
     assert len(bad_samples(ended.folder)) == 3
     curves = read_curves(ended.folder)
+    assert curves["time/evaluations_left_out"] == [(step, step) for step in range(1, 8)]
+    assert [step for step, share in curves["time/evaluation_share"] if 0 < share < 1] == [0, 8]
     scores = {"eval/rankme", "eval/lidar", "eval/alpha_req"}
     assert {name for name in curves if name.startswith("eval/")} == {*scores, "eval/unreadable_images"}
     assert all([step for step, _ in curves[name]] == [0, 8] for name in scores)

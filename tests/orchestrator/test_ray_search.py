@@ -1,4 +1,4 @@
-"""A search on a real Ray: trials that are added while others run, and a driver that dies in the middle."""
+"""A search and a population on a real Ray: trials that follow from others, and a driver that dies in the middle."""
 
 from __future__ import annotations
 
@@ -11,27 +11,33 @@ from mlflow import MlflowClient
 
 from orchestrator import run_sweep
 from orchestrator.catalog import load_recipe
+from orchestrator.lineage import in_words
 from orchestrator.overrides import override
+from orchestrator.population import POPULATION_FILE
 from orchestrator.records import RunRecord, read_curves, read_lines, read_states
 from orchestrator.search import SEARCH_FILE, Asked, Search, propose
 from orchestrator.space import LogUniform
 from orchestrator.sweep import Sweep, check
-from orchestrator.trials import load_from_disk
+from orchestrator.trials import load_from_disk, load_trials
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 LR = "pretrain.optim.lr"
 
 
+TINY: dict[str, Any] = {
+    "pretrain.steps": 4,
+    "pretrain.batch_size": 16,
+    "pretrain.log_every_steps": 1,
+    "pretrain.model.depth": 1,
+    "pretrain.head.num_prototypes": 64,
+    "pretrain.eval.every_steps": None,
+}
+
+
 def test_a_search_goes_on_where_its_driver_died(ray_head: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    tiny = {
-        "pretrain.steps": 4,
-        "pretrain.batch_size": 16,
-        "pretrain.log_every_steps": 1,
-        "pretrain.model.depth": 1,
-        "pretrain.head.num_prototypes": 64,
-        "pretrain.eval.every_steps": None,
+    tiny = TINY | {
         "tracking.uri": uri,
         "cluster.address": ray_head.address,
         "cluster.storage": str(tmp_path / "runs"),
@@ -91,3 +97,54 @@ def test_a_search_goes_on_where_its_driver_died(ray_head: Any, tmp_path: Path, m
     assert set(runs) == {folder.name, *ids}
     assert {run.info.status for run in runs.values()} == {"FINISHED"}
     assert runs[folder.name].data.params["trials"] == "3"
+
+
+def test_the_segments_of_a_population_go_on_from_one_another(ray_head: Any, tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    tiny = TINY | {
+        "pretrain.eval.num_gallery": 64,
+        "pretrain.eval.num_queries": 64,
+        "pretrain.eval.num_label_free": 0,
+        "pretrain.eval.num_lidar_images": 0,
+        "pretrain.eval.num_pictures": 0,
+        "tracking.uri": uri,
+        "cluster.address": ray_head.address,
+        "cluster.storage": str(tmp_path / "runs"),
+        "cluster.data_cpus": 1,
+    }
+    sweep = Sweep(
+        name="pbt",
+        base=override(load_recipe("quickstart"), tiny),
+        space={LR: [1e-3, 1.0]},
+        scheduler="pbt",
+        generation_steps=2,
+    )
+
+    result = run_sweep.run_sweep(sweep)
+
+    assert result.ok
+    trials = result.folder / "trials"
+    decided = [line["members"] for _, line in read_lines(result.folder / POPULATION_FILE)]
+    assert [[each["trial"] for each in members] for members in decided] == [
+        [f"m00-g0{generation}-s0", f"m01-g0{generation}-s0"] for generation in (0, 1)
+    ]
+    (parent,) = {each["parent"] for each in decided[1]}
+    knn = {each["trial"]: read_curves(trials / each["trial"])["eval/knn_top1"][-1][1] for each in decided[0]}
+    assert knn[parent] == max(knn.values())
+    losses = [read_curves(trials / each["trial"])["train/loss"] for each in decided[1]]
+    assert [[step for step, _ in curve] for curve in losses] == [[2, 3]] * 2
+    assert losses[0][0] == losses[1][0], "both go on from the same weights"
+    assert losses[0][1] != losses[1][1], "with other settings"
+
+    from_disk = load_trials([str(result.folder)])
+    from_mlflow = load_trials([result.folder.name], storage=str(tmp_path), uri=uri)
+    assert [in_words(trial) for trial in from_mlflow] == [in_words(trial) for trial in from_disk]
+    assert {in_words(trial).split(", ")[-1][-3:] for trial in from_disk} <= {"2-4", "0-4"}
+    for disk, mlflow in zip(from_disk, from_mlflow, strict=True):
+        assert disk.curves["train/loss"] == mlflow.curves["train/loss"]
+        assert [step for step, _ in disk.curves["train/loss"]] == [0, 1, 2, 3]
+    runs = MlflowClient(uri).search_runs([MlflowClient(uri).get_experiment_by_name("pbt").experiment_id])
+    (whole,) = (run for run in runs if run.data.tags["kind"] == "sweep")
+    assert whole.data.params["trials"] == "4"
+    parents = {run.info.run_name: run.data.tags.get("parent") for run in runs if run.data.tags["kind"] == "trial"}
+    assert parents == {each["trial"]: each["parent"] for members in decided for each in members}

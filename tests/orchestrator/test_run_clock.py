@@ -7,7 +7,7 @@ import pytest
 
 from orchestrator import run_clock
 from orchestrator.records import Journal
-from orchestrator.run_clock import DEVICE_HOURS, RunClock, hours_spent
+from orchestrator.run_clock import DEVICE_HOURS, EvaluationBudget, RunClock, hours_spent
 
 
 class Hand:
@@ -78,9 +78,10 @@ def test_parts_are_summed_over_attempts(tmp_path: Path, hand: Hand) -> None:
         for _ in clock.waiting_for(slow()):
             hand.now += 11  # the caller's own time
         journal = Journal(tmp_path)
-        journal.log(expected, clock.parts())
+        journal.log(expected, clock.parts() | clock.device_hours())
         journal.close()
         assert clock.parts() == {
+            "time/evaluation_share": pytest.approx(7 / 48),
             "time/start_s": 5 * expected,
             "time/evaluation_s": 7 * expected,
             "time/checkpoint_s": 3 * expected,
@@ -98,3 +99,21 @@ def test_waiting_for_batches_is_counted() -> None:
     clock = RunClock(None, 1, time.perf_counter())
     assert list(clock.waiting_for(slow())) == [0, 1, 2]  # type: ignore[arg-type]
     assert 0.06 <= clock.parts()["time/data_wait_s"] < 3
+
+
+@pytest.mark.parametrize(("max_share", "made"), [(None, 20), (0.25, 6), (1.0, 20)])
+def test_evaluations_keep_to_their_share(hand: Hand, max_share: float | None, made: int) -> None:
+    """20 times 5 s of training, and an evaluation of 5 s where it is let: of 100 s and 33, a quarter is 33."""
+    budget = EvaluationBudget(max_share)
+    hand.now += 50
+    with budget.first():
+        hand.now += 5
+    count = 0
+    for _ in range(20):
+        hand.now += 5
+        if budget.allows():
+            with budget.another():
+                hand.now += 5
+            count += 1
+    assert count == made
+    assert budget.num_left_out == 20 - made

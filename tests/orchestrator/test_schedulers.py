@@ -49,8 +49,9 @@ class Trials:
         return str(self.scheduler.on_trial_result(None, self.trials[name], result))
 
 
-def test_none_has_no_scheduler() -> None:
-    assert scheduler("none") is None
+@pytest.mark.parametrize("name", ["none", "pbt"])
+def test_tune_has_no_scheduler_where_every_trial_runs_to_its_end(name: str) -> None:
+    assert scheduler(name) is None
 
 
 def test_asha_judges_at_our_own_steps() -> None:
@@ -153,15 +154,6 @@ def test_a_rung_behind_the_end_is_refused(tmp_path: Any, settings: dict[str, Any
         _write_plan(Sweep(base=base, **settings))
     assert str(caught.value).startswith(line)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_population_based_training_is_refused_with_the_reason() -> None:
-    with pytest.raises(ConfigError) as caught:
-        Sweep(base="quickstart", scheduler="pbt", grace_steps=10)
-    message = str(caught.value)
-    assert message.startswith("sweep.scheduler = pbt: must be one of none, asha, median, hyperband.")
-    assert "would not be the configuration that its record" in message
-    assert "cluster.launcher = train" in message
 
 
 def test_reading_about_schedulers_imports_no_ray() -> None:

@@ -25,7 +25,8 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.stream_rate import spilled_bytes
-from dino_core.config import CropsConfig
+from dino_core.backbones import build_backbone
+from dino_core.config import CropsConfig, ModelConfig
 from dino_core.crops import MultiCrop
 from orchestrator import ray_cluster
 from orchestrator.config import DataConfig, RunConfig
@@ -37,6 +38,10 @@ from orchestrator.data.shelf import Shelf, find_shelf, shelf_for_trials
 from orchestrator.data.sources import Split, open_source
 from orchestrator.data.stream import Batches, TooManyBadSamples, local_batches, make_batch, ray_batches
 from orchestrator.data.tasks import Part, Round
+from orchestrator.errors import RunFailed
+from orchestrator.evaluate.compute import choose_compute
+from orchestrator.evaluate.features import Images, Share
+from orchestrator.evaluate.views import CentreCrop
 from orchestrator.overrides import override
 
 # Ray Data leaves the log file of an execution open when two run at once.
@@ -550,3 +555,31 @@ def test_data_tasks_run_beside_a_trials_placement_group(ray: Any, folder: Split)
     finally:
         ray.kill(trial)
         remove_placement_group(group)
+
+
+@pytest.mark.ray
+def test_features_by_tasks_are_the_local_ones(ray: Any, folder: Split, tmp_path: Path) -> None:
+    """Here for the sake of the cluster, which takes half a minute to start."""
+    sizes = {"patch_size": 8, "embed_dim": 12, "depth": 1, "num_heads": 2}
+    backbone = build_backbone(ModelConfig(backbone="vit_tiny_patch16_224", **sizes), 16)
+    images = Images(folder, np.arange(len(folder))[::-1], "digest", LOADER, "train")
+    view = CentreCrop(16, 0.875, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
+    shares = [Share(start, start + 5, batch_size=2) for start in range(0, 20, 5)]
+    here, on_ray = (
+        choose_compute(override(RunConfig(), {"cluster.launcher": launcher})) for launcher in ("local", "train")
+    )
+    made = list(on_ray.parts(backbone, images, view, shares))
+    expected = list(here.parts(backbone, images, view, shares))
+    for (rows, bad), (expected_rows, expected_bad) in zip(made, expected, strict=True):
+        assert torch.equal(rows, expected_rows)
+        assert bad == expected_bad
+    assert [len(rows) for rows, _ in made] == [5, 4, 5, 3]
+    first = on_ray.parts(backbone, images, view, shares)  # given up by who asked: what waits is cancelled
+    assert torch.equal(next(first)[0], made[0][0])
+    first.close()  # type: ignore[attr-defined]
+    (tmp_path / "stone").touch()
+    lost = replace(images, loader=Stumbling(tmp_path / "stone"))
+    with pytest.raises(RunFailed, match="input/output error"):
+        list(on_ray.parts(backbone, lost, view, shares[:1]))
+    on_ray.close()
+    assert ray.is_initialized()

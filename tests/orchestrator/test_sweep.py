@@ -346,7 +346,7 @@ def test_settings_of_the_sweep_and_of_its_trials() -> None:
         ({"sweep.scheduler": "median"}, "sweep.grace_steps = None: must be a whole number >= 1 when"),
         ({"sweep.scheduler": "hyperband", "sweep.grace_steps": 5}, "sweep.brackets = 1: must be >= 2 with"),
         ({"sweep.brackets": 2}, "sweep.brackets = 2: must be 1 with sweep.scheduler = none"),
-        ({"sweep.scheduler": "pbt"}, "sweep.scheduler = pbt: must be one of none, asha, median, hyperband. Population"),
+        ({"sweep.scheduler": "pbt"}, "sweep.generation_steps = None: must be a whole number >= 1 when"),
         ({"sweep.stop_collapsed": "perhaps"}, "sweep.stop_collapsed = perhaps: must be true or false"),
         ({"sweep.name": "../x"}, "sweep.name '../x': must be 1 to 100 letters"),
         ({"sweep.base": "x"}, "sweep.base: unknown key"),

@@ -30,6 +30,7 @@ from orchestrator.overrides import flatten, override
 from orchestrator.records import Event, Journal, Ledger, RunRecord, write_json
 from orchestrator.summary import Summary
 from orchestrator.tracking import Target, connect, deliver, ensure_experiment
+from orchestrator.trials import load_from_disk, load_from_mlflow
 from tests.orchestrator.servers import MlflowServer, SlowProxy, wait_until
 
 NUM_WRITERS, NUM_STEPS = 20, 30
@@ -224,6 +225,9 @@ def test_a_server_killed_under_a_running_sweep_loses_and_repeats_nothing(
         index = sweep.trials.index(run.info.run_name)
         assert found == {f"step_{s:08}": picture_of(index, s) for s in range(0, sweep.num_steps, 50)}
         shutil.rmtree(copy)
+    # What `compare` reads from the server is what it reads from the disk.
+    tracked = {trial.name: trial.curves for trial in load_from_mlflow("killed", mlflow_server.uri)}
+    assert tracked == {trial.name: trial.curves for trial in load_from_disk(sweep.folder)}
 
 
 @pytest.fixture

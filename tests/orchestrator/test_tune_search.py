@@ -37,6 +37,22 @@ def test_waiting_trials_come_first_and_more_are_asked_for_when_there_is_room() -
     assert search.suggest("6") == Searcher.FINISHED
 
 
+def test_where_the_next_follow_from_all_before_tune_waits_for_these() -> None:
+    more = iter([["c", "d"], []])
+    search = ConcurrencyLimiter(RecordedSearch(["a", "b"], lambda: next(more), "trial", together=True), 2)
+    for trial in ("1", "2"):
+        assert isinstance(search.suggest(trial), dict)
+    search.on_trial_complete("1", {"step": 3})
+    assert search.suggest("3") is None, "room for one more, but the other is still running"
+    search.on_trial_complete("2", error=True)
+    assert search.suggest("3") == {"run_dir": "c", "launcher": "trial"}
+    assert search.suggest("4") == {"run_dir": "d", "launcher": "trial"}
+    search.on_trial_complete("4")
+    assert search.suggest("5") is None
+    search.on_trial_complete("3")
+    assert search.suggest("5") == Searcher.FINISHED
+
+
 def test_tune_keeps_nothing_of_it(tmp_path: Path) -> None:
     def more() -> list[str]:
         raise AssertionError("only asked for suggestions")

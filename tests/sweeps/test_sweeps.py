@@ -49,7 +49,7 @@ def test_the_sweeps_that_are_promised() -> None:
         *("prototypes", "head", "head_depth", "crop_scale", "center_momentum", "temperature", "batch_size", "backbone"),
         *("attention_heads", "epochs", "collapse", "momentum", "quickstart", "student_temperature"),
         *("temperature_warmup", "momentum_schedule", "crop_sizes", "lr_weight_decay", "lr_search", "screening"),
-        *("dinov2_components", "dinov2_components_digits"),
+        *("dinov2_components", "dinov2_components_digits", "population"),
     }
 
 

@@ -1,4 +1,4 @@
-"""Pictures: attention against timm's unfused softmax, colours against scikit-learn, which backbones have what."""
+"""Pictures: colours against scikit-learn, tiles, which backbones have features."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import pytest
 import timm
 import torch
 from sklearn.decomposition import PCA
-from torch import Tensor, nn
+from torch import nn
 
 from dino_core.config import CropsConfig
 from dino_core.crops import MultiCrop
 from dino_core.eval.pictures import (
     TILE,
     as_pixels,
-    attention_maps,
     attention_picture,
     crops_picture,
     features_picture,
+    masks_picture,
     patch_features,
     principal_colours,
 )
@@ -36,51 +36,13 @@ def vit(name: str = "vit_tiny_patch16_224", **settings: object) -> nn.Module:
         return timm.create_model(name, pretrained=False, **{**sizes, **settings})
 
 
-def by_timm(backbone: nn.Module, images: Tensor) -> Tensor:
-    """[n, heads, t, t]: what timm's own attention hands to its dropout, when it does not use the fused kernel."""
-    attention = backbone.blocks[-1].attn  # type: ignore[union-attr, index]
-    seen: list[Tensor] = []
-    attention.fused_attn = False
-    handle = attention.attn_drop.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
-    with torch.no_grad():
-        backbone.eval()(images)
-    handle.remove()
-    attention.fused_attn = True
-    return seen[0]
-
-
-@pytest.mark.parametrize("settings", [{}, {"reg_tokens": 4}, {"qk_norm": True}, {"global_pool": "avg"}])
-def test_attention_is_timms(settings: dict[str, object]) -> None:
-    backbone = vit(**settings).train()
-    first = attention_maps(backbone, IMAGES)
-    assert first is not None
-    assert backbone.training
-    prefix = 1 + int(settings.get("reg_tokens", 0))  # type: ignore[call-overload]
-    expected = by_timm(backbone, IMAGES)[:, :, 0, prefix:].reshape(3, 3, SIDE // PATCH, SIDE // PATCH)
-    torch.testing.assert_close(first, expected)
-    assert bool((first.sum(dim=(2, 3)) < 1).all())  # the rest is on the class token and the registers
-
-
-def test_attention_of_compiled_backbones() -> None:
-    """A hook on a part of compiled code would not be called."""
-    plain = attention_maps(vit(), IMAGES)
-    compiled = vit()
-    compiled.compile(backend="eager")
-    compiled.eval()(IMAGES)
-    assert plain is not None
-    found = attention_maps(compiled, IMAGES)
-    assert found is not None
-    torch.testing.assert_close(found, plain)
-
-
 @pytest.mark.parametrize(
     ("name", "size", "side", "width"),
     [("resnet10t", 64, 2, 512), ("convnext_atto", 64, 2, 320), ("swin_tiny_patch4_window7_224", 224, 7, 768)],
 )
-def test_convnets_and_swin_have_features_and_no_attention(name: str, size: int, side: int, width: int) -> None:
+def test_convnets_and_swin_have_features(name: str, size: int, side: int, width: int) -> None:
     backbone = timm.create_model(name, pretrained=False, num_classes=0)
     images = torch.randn(1, 3, size, size)
-    assert attention_maps(backbone, images) is None
     features = patch_features(backbone, images)
     assert features is not None
     assert features.shape == (1, side, side, width)
@@ -90,9 +52,7 @@ def test_convnets_and_swin_have_features_and_no_attention(name: str, size: int, 
         torch.testing.assert_close(features.mean(dim=(1, 2)), pooled)
 
 
-def test_attention_of_other_kinds_is_left_out() -> None:
-    assert attention_maps(vit("vit_medium_patch16_gap_240"), IMAGES) is None  # has no class token
-    assert attention_maps(nn.Sequential(nn.Flatten(), nn.Linear(3 * SIDE * SIDE, 4)), IMAGES) is None
+def test_features_of_other_kinds_are_left_out() -> None:
     assert patch_features(nn.Sequential(nn.Flatten(), nn.Linear(3 * SIDE * SIDE, 4)), IMAGES) is None
 
 
@@ -142,6 +102,35 @@ def test_pictures_are_rows_of_tiles() -> None:
     darkest = round(0.6 * 68 + 0.4 * 10), round(0.6 * 1 + 0.4 * 10), round(0.6 * 84 + 0.4 * 10)
     assert abs(head[:quarter, -quarter:].astype(int) - brightest).max() <= 1
     assert abs(head[quarter:].astype(int) - darkest).max() <= 1
+
+
+def test_tall_images_stay_tall() -> None:
+    """Attention of a patch of 3 x 2 lies where it does in the image."""
+    image = np.full((48, 32, 3), 100, dtype=np.uint8)
+    maps = torch.zeros(1, 1, 3, 2)
+    maps[0, 0, 2, 0] = 1
+    picture = attention_picture([image], maps)
+    width = TILE * 2 // 3
+    assert picture.shape == (TILE, 3 * width + 4, 3)
+    bright = (picture[:, width + 2 : 2 * width + 2].astype(int) - picture[0, width + 2]).any(axis=2)
+    assert bright[TILE * 2 // 3 :, : width // 2].all()
+    assert bright.sum() == TILE // 3 * width // 2
+    assert features_picture([image], torch.randn(1, 3, 2, 5)).shape == (TILE, 2 * width + 2, 3)
+
+
+def test_masks_are_what_stays_bright() -> None:
+    image = np.full((64, 128, 3), 200, dtype=np.uint8)
+    truth = np.zeros((64, 128), dtype=np.uint8)
+    truth[:32, :64] = 7
+    masks = torch.zeros(2, 4, 8, dtype=torch.bool)
+    masks[1, 0, 7] = True
+    picture = masks_picture(image, truth, torch.rand(1, 4, 8), [masks, ~masks])
+    assert picture.shape == (3 * 96 + 2 * 2, 3 * 192 + 2 * 2, 3)
+    row = picture[98 : 98 + 96]
+    for tile, share in ((row[:, :192], 1 / 4), (row[:, 194:386], 0), (row[:, 388:], 1 / 32)):
+        assert (tile == 200).all(axis=2).mean() == share
+        assert set(np.unique(tile)) <= {50, 200}
+    assert (picture[196:, 388:] == 200).all(axis=2).mean() == 31 / 32
 
 
 def test_crops_are_those_of_multi_crop() -> None:

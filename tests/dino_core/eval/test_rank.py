@@ -14,7 +14,7 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import LinearRegression
 from torch import Tensor
 
-from dino_core.eval import alpha_req, lidar, rankme
+from dino_core.eval import alpha_req, effective_rank, lidar, rankme
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -70,6 +70,16 @@ def test_rank_is_the_papers_formula_by_numpy(features: Tensor):
 def test_features_that_do_not_differ_have_rank_1():
     for score in (rankme(torch.full((50, 8), 0.3)), rankme(torch.zeros(50, 8)), rankme(randn(1, 8))):
         assert score == pytest.approx(1)
+
+
+def test_the_effective_rank_is_that_of_centred_features():
+    rows = spectrum(torch.tensor([5.0, 3.0, 2.0]).double())
+    far = rows + 100 * torch.ones(3).double()
+    expected = math.exp(-sum(p * math.log(p) for p in (0.5, 0.3, 0.2)))
+    assert effective_rank(rows) == pytest.approx(rankme(rows)) == pytest.approx(expected)
+    assert effective_rank(far) == pytest.approx(expected)
+    assert rankme(far) < 1.1
+    assert effective_rank(torch.ones(5, 3)) == 1
 
 
 # --- LiDAR ------------------------------------------------------------------------------------------------------------
