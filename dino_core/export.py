@@ -146,6 +146,11 @@ def load_backbone(checkpoint: Path, network: Network = "teacher") -> Backbone:
         settings = ModelConfig(**config["model"])
     except TypeError as error:
         raise ExportError(f"{checkpoint}: its pretrain.model.* is of another release: {error}") from error
+    if settings.swiglu:
+        raise ExportError(
+            f"{checkpoint}: timm has no argument by which others could build {settings.backbone} with "
+            "pretrain.model.swiglu = true"
+        )
     side = crops["global_size"]
     arguments = backbone_arguments(settings, side)
     preprocessing = {
@@ -165,6 +170,7 @@ def load_backbone(checkpoint: Path, network: Network = "teacher") -> Backbone:
     prefix = f"{network}.backbone."
     with safe_open(checkpoint / MODEL_FILE, "pt") as file:
         tensors = {name.removeprefix(prefix): file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
+    tensors.pop("mask_token", None)  # a student's, for training alone
     _fill(model, tensors, checkpoint, settings.backbone)
     origin = {"network": network, "step": str(state["step"])}
     return Backbone(settings.backbone, arguments, preprocessing, model.eval(), num_features(model), origin, config)
