@@ -28,6 +28,7 @@ __all__ = [
     "check_crop_sizes",
     "compile_backbone",
     "num_features",
+    "swiglu_arguments",
     "try_images",
 ]
 
@@ -56,7 +57,7 @@ def build_backbone(config: ModelConfig, image_size: int, *, drop_path: float = 0
     kind = sizing(config.backbone)
     arguments = backbone_arguments(config, image_size)
     if config.swiglu:
-        arguments |= _swiglu_arguments(config, arguments)
+        arguments |= swiglu_arguments(config, arguments)
     if kind.multiples_of_patch and config.patch_size is not None:
         _check_multiple("global_size", image_size, config.patch_size)
     backbone = _create(config, arguments, drop_path)
@@ -178,7 +179,7 @@ def backbone_arguments(config: ModelConfig, image_size: int) -> dict[str, Any]:
     return {**arguments, **image, **kind.any_size, **kind.no_dropout}
 
 
-def _swiglu_arguments(config: ModelConfig, arguments: dict[str, Any]) -> dict[str, Any]:
+def swiglu_arguments(config: ModelConfig, arguments: dict[str, Any]) -> dict[str, Any]:
     """timm's arguments for SwiGLU with 2/3 of the hidden width, rounded up to a multiple of 8, as in DINOv2's code."""
     with torch.device("meta"):
         plain: Any = _create(config, arguments, 0.0)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from dino_core.backbones import build_backbone
+from dino_core.checkpoint import save_checkpoint
 from dino_core.config import ConfigError, ModelConfig
+from dino_core.export import ExportError, export_backbone, load_backbone
 from dino_core.masking import MaskedPatches
 from dino_core.patch_tokens import add_mask_token, adopt_patch_tokens, forward_with_patches, remove_mask_token
 from dino_core.stochastic_depth import StochasticDepth
@@ -132,3 +135,16 @@ def test_a_convnet_has_neither(key: str) -> None:
     config = ModelConfig(backbone="resnet10t", **{key: 1})
     with pytest.raises(ConfigError, match=rf"pretrain\.model\.{key} = "):
         build_backbone(config, 32)
+
+
+def test_backbones_are_loaded_without_the_mask_token_and_swiglu_is_not_promised_to_timm(tmp_path: Path) -> None:
+    config = POINTS["swiglu, layer scale, uniform depth"]
+    state = TrainState.create(config, NUM_SAMPLES)
+    path = save_checkpoint(state, tmp_path)
+    crops = torch.randn(2, 3, 16, 16)
+    state.student.eval()
+    for network in ("teacher", "student"):
+        model = load_backbone(path, network).model  # type: ignore[arg-type]
+        torch.testing.assert_close(model(crops), getattr(state, network).backbone(crops))
+    with pytest.raises(ExportError, match="only onnx can hold it"):
+        export_backbone(path, "timm", tmp_path / "out")
