@@ -4,8 +4,8 @@
     python -m orchestrator sweep population --base dino_vits16 data.source=/path/to/imagenet pretrain.epochs=100 \
         sweep.generation_steps=25100
 
-Six members; after every 100 of 500 steps the last two go on from the weights of one of the first two, with settings near
-theirs. Each member trains in one process, on one GPU if it has any. Costs what six whole runs cost, and their
+Six members; after every 100 of 500 steps the last two go on from the weights of one of the first two, with settings
+near theirs. Each member trains in one process, on one GPU if it has any. Costs what six whole runs cost, and their
 checkpoints twice.
 """
 
