@@ -74,7 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for seed in range(options.seeds):
         changes = KNN_ONLY | {"pretrain.seed": seed, "pretrain.steps": options.steps}
         base = load_sweep("population")
-        base = replace(base, design_seed=seed, changes=merge_changes(base.changes, changes))
+        length = {"generation_steps": options.steps // 5, "changes": merge_changes(base.changes, changes)}
+        base = replace(base, design_seed=seed, **length)
         for scheduler, values in best.items():
             found = comparison_of(replace(base, scheduler=scheduler), options.storage / f"{scheduler}-s{seed}")
             print(f"\nseed {seed}, scheduler {scheduler}\n{render(found, 'markdown')}", flush=True)

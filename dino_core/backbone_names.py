@@ -14,7 +14,7 @@ from dino_core.config import ConfigError, ModelConfig
 
 _ENTRY_POINT = re.compile(r"^@register_model\b.*\n(?:@.*\n)*def (\w+)\(", re.MULTILINE)
 
-_SETTINGS = ("patch_size", "embed_dim", "depth", "num_heads", "num_register_tokens", "pooling")
+_SETTINGS = ("patch_size", "embed_dim", "depth", "num_heads", "num_register_tokens", "pooling", "layer_scale")
 _TOWER = {"embed_dim": "embed_dim", "depth": "depth", "num_heads": "num_heads"}
 _VIT = {"patch_size": "patch_size", **_TOWER, "pooling": "global_pool"}
 
@@ -27,6 +27,8 @@ class Sizing:
     """timm's argument for each setting of `ModelConfig` that the models know."""
     image_size: bool = False
     """Whether they are made for an image size, given as ``img_size``."""
+    swiglu: bool = False
+    """Whether they can be built with SwiGLU."""
     any_size: Mapping[str, bool] = field(default_factory=dict)
     """What makes them take other sizes beside that one; empty where nothing does, or nothing has to."""
     no_dropout: Mapping[str, float] = field(default_factory=dict)
@@ -39,7 +41,8 @@ class Sizing:
 
 
 _DYNAMIC = {"dynamic_img_size": True}
-_VISION_TRANSFORMER = Sizing({**_VIT, "num_register_tokens": "reg_tokens"}, True, _DYNAMIC)
+_SCALE = {"layer_scale": "init_values"}
+_VISION_TRANSFORMER = Sizing({**_VIT, **_SCALE, "num_register_tokens": "reg_tokens"}, True, True, _DYNAMIC)
 _ONE_SIZE = Sizing(image_size=True)
 _SWIN = Sizing(image_size=True, any_size={"strict_img_size": False})
 
@@ -48,16 +51,16 @@ _SIZINGS = {
     "deit": _VISION_TRANSFORMER,
     # their patches are of a convnet's features
     "vision_transformer_hybrid": Sizing(
-        {**_TOWER, "num_register_tokens": "reg_tokens", "pooling": "global_pool"}, True, _DYNAMIC
+        {**_TOWER, **_SCALE, "num_register_tokens": "reg_tokens", "pooling": "global_pool"}, True, any_size=_DYNAMIC
     ),
     "vitamin": Sizing(image_size=True, any_size=_DYNAMIC),
-    "eva": Sizing({**_VIT, "num_register_tokens": "num_reg_tokens"}, True, _DYNAMIC),
+    "eva": Sizing({**_VIT, **_SCALE, "num_register_tokens": "num_reg_tokens"}, True, any_size=_DYNAMIC),
     "vision_transformer_sam": Sizing({"patch_size": "patch_size", **_TOWER}, True),
     "xcit": Sizing(_VIT, True),
     # position embeddings or relative positions of one grid
-    "beit": Sizing(_VIT, True),
-    "cait": Sizing(_VIT, True),
-    "vision_transformer_relpos": Sizing(_VIT, True),
+    "beit": Sizing({**_VIT, **_SCALE}, True),
+    "cait": Sizing({**_VIT, **_SCALE}, True),
+    "vision_transformer_relpos": Sizing({**_VIT, **_SCALE}, True),
     **dict.fromkeys(("swin_transformer", "swin_transformer_v2", "swin_transformer_v2_cr"), _SWIN),
     **dict.fromkeys(
         ("byoanet", "coat", "convit", "efficientformer_v2", "efficientvit_msra", "gcvit", "hiera", "levit"), _ONE_SIZE
@@ -74,13 +77,17 @@ def sizing(backbone: str) -> Sizing:
 
 def setting_problems(config: ModelConfig) -> list[str]:
     """A line for each setting that a backbone of this kind does not have."""
-    known = sizing(config.backbone).settings
-    return [
-        f"pretrain.model.{name} = {getattr(config, name)}: must be none, {config.backbone} "
-        + ("does not have it" if known else "is not a ViT")
+    kind = sizing(config.backbone)
+    known = kind.settings
+    why = "does not have it" if known else "is not a ViT"
+    problems = [
+        f"pretrain.model.{name} = {getattr(config, name)}: must be none, {config.backbone} {why}"
         for name in _SETTINGS
         if getattr(config, name) is not None and name not in known
     ]
+    if config.swiglu and not kind.swiglu:
+        problems.append(f"pretrain.model.swiglu = True: must be false, {config.backbone} {why}")
+    return problems
 
 
 @functools.cache

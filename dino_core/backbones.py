@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 
 import timm
 import torch
+from timm.layers.drop import DropPath
+from timm.layers.mlp import SwiGLUPacked
 from torch import Tensor, nn
 
 from dino_core.activation_checkpointing import checkpoint_activations
@@ -25,6 +28,8 @@ __all__ = [
     "check_crop_sizes",
     "compile_backbone",
     "num_features",
+    "swiglu_arguments",
+    "try_images",
 ]
 
 _REFUSALS = (AssertionError, RuntimeError, ValueError)
@@ -51,6 +56,8 @@ def build_backbone(config: ModelConfig, image_size: int, *, drop_path: float = 0
     check_backbone_name(config.backbone)
     kind = sizing(config.backbone)
     arguments = backbone_arguments(config, image_size)
+    if config.swiglu:
+        arguments |= swiglu_arguments(config, arguments)
     if kind.multiples_of_patch and config.patch_size is not None:
         _check_multiple("global_size", image_size, config.patch_size)
     backbone = _create(config, arguments, drop_path)
@@ -64,6 +71,8 @@ def build_backbone(config: ModelConfig, image_size: int, *, drop_path: float = 0
     for module in backbone.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+    if drop_path > 0 and config.drop_path_schedule == "uniform":
+        _make_uniform(backbone, config)
     adopt_stochastic_depth(backbone)
     if drop_path == 0:  # some models have a rate of their own
         remove_stochastic_depth(backbone)
@@ -87,7 +96,7 @@ def adopt_backbone(module: nn.Module, image_size: int) -> int:
     Raises:
         ConfigError: for two images of `image_size` pixels, in evaluation mode, it does not give finite features [2, D].
     """
-    output = _try(module, image_size)
+    output = try_images(module, image_size)
     problem = _problem(output)
     if problem:
         raise ConfigError(
@@ -119,7 +128,7 @@ def check_crop_sizes(backbone: nn.Module, config: ModelConfig, crops: CropsConfi
             _check_multiple(name, size, _patch_size(backbone))
         try:
             with _rows_dropped(backbone) as rows:
-                problem = _problem(_try(backbone, size))
+                problem = _problem(try_images(backbone, size))
         except _REFUSALS as error:
             problem = _reason(error)
             if name == "local_size" and size != crops.global_size:
@@ -170,6 +179,16 @@ def backbone_arguments(config: ModelConfig, image_size: int) -> dict[str, Any]:
     return {**arguments, **image, **kind.any_size, **kind.no_dropout}
 
 
+def swiglu_arguments(config: ModelConfig, arguments: dict[str, Any]) -> dict[str, Any]:
+    """timm's arguments for SwiGLU with 2/3 of the hidden width, rounded up to a multiple of 8, as in DINOv2's code."""
+    with torch.device("meta"):
+        plain: Any = _create(config, arguments, 0.0)
+    width, hidden = plain.embed_dim, plain.blocks[0].mlp.fc1.out_features
+    hidden = (int(hidden * 2 / 3) + 7) // 8 * 8
+    # timm cuts width x ratio down to a whole number, for gate and value together
+    return {"mlp_layer": SwiGLUPacked, "act_layer": "silu", "mlp_ratio": (2 * hidden + 0.5) / width}
+
+
 def _create(config: ModelConfig, arguments: dict[str, Any], drop_path: float) -> nn.Module:
     rate: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path > 0 else {}
     try:
@@ -179,11 +198,27 @@ def _create(config: ModelConfig, arguments: dict[str, Any], drop_path: float) ->
             raise
         raise _no_stochastic_depth(config, drop_path) from error
     except _REFUSALS as error:
-        shown = ", ".join(f"{name} = {value}" for name, value in arguments.items())
+        shown = ", ".join(f"{name} = {getattr(value, '__name__', value)}" for name, value in arguments.items())
         raise ConfigError(
             f"pretrain.model.backbone = {config.backbone}: timm cannot build it with {shown or 'these settings'}: "
             f"{_reason(error)}"
         ) from error
+
+
+def _make_uniform(backbone: nn.Module, config: ModelConfig) -> None:
+    """One rate for all branches; timm has an identity where its own rule gives 0."""
+    places = [
+        (module, name)
+        for module in backbone.modules()
+        for name, child in module.named_children()
+        if re.fullmatch(r"drop_path\d*", name) and isinstance(child, DropPath | nn.Identity)
+    ]
+    if not places:
+        raise ConfigError(
+            f"pretrain.model.drop_path_schedule = uniform: must be linear, {config.backbone} names no such layers"
+        )
+    for module, name in places:
+        setattr(module, name, DropPath(config.drop_path))
 
 
 def _check_tokens(backbone: nn.Module, config: ModelConfig) -> None:
@@ -198,7 +233,7 @@ def _check_tokens(backbone: nn.Module, config: ModelConfig) -> None:
         )
 
 
-def _try(module: nn.Module, size: int) -> Any:
+def try_images(module: nn.Module, size: int) -> Any:
     """What a network gives for two images, in evaluation mode and without gradients; leaves no trace."""
     parameter = next(module.parameters(), None)
     device = torch.device("cpu") if parameter is None else parameter.device

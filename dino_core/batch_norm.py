@@ -35,7 +35,7 @@ class _AllReduceSum(torch.autograd.Function):
 class GlobalBatchNorm(_BatchNorm):
     """`torch.nn.BatchNorm{1,2,3}d` whose training statistics are those of all ranks' rows together.
 
-    Every rank must hold as many rows. Parameters and buffers have the names of torch's batch norms.
+    The ranks may hold different numbers of rows. Parameters and buffers have the names of torch's batch norms.
     """
 
     @classmethod
@@ -62,7 +62,8 @@ class GlobalBatchNorm(_BatchNorm):
         x = input.float()
         axes = [axis for axis in range(x.dim()) if axis != 1]
         shape = [-1 if axis == 1 else 1 for axis in range(x.dim())]
-        count = x.numel() // x.shape[1] * dist.get_world_size()
+        count = torch.tensor(float(x.numel() // x.shape[1]), device=x.device)
+        dist.all_reduce(count)
         mean = _AllReduceSum.apply(x.sum(axes)) / count  # [C]
         centred = x - mean.view(shape)
         variance = _AllReduceSum.apply(centred.square().sum(axes)) / count
@@ -73,14 +74,14 @@ class GlobalBatchNorm(_BatchNorm):
         return out.to(input.dtype)
 
     @torch.no_grad()
-    def _update_running(self, mean: Tensor, variance: Tensor, count: int) -> None:
+    def _update_running(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
         if not self.track_running_stats:
             return
         assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
         weight = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
         self.running_mean.lerp_(mean, weight)
-        self.running_var.lerp_(variance * (count / max(count - 1, 1)), weight)
+        self.running_var.lerp_(variance * (count / (count - 1).clamp(min=1)), weight)
 
 
 class GlobalBatchNormAct(GlobalBatchNorm):

@@ -46,7 +46,23 @@ def update_center_(center: Tensor, logits: Tensor, momentum: float) -> None:
 
 
 @torch.no_grad()
-def sinkhorn_knopp(logits: Tensor, temp: float, num_iters: int = 3) -> Tensor:
+def update_center_by_sum_(center: Tensor, total: Tensor, count: Tensor, momentum: float) -> None:
+    """As `update_center_` from the sum of this rank's rows and their number, which may differ between ranks.
+
+    A step without any row leaves the centre as it is.
+
+    Args:
+        center: [K].
+        total: [K], in fp32.
+        count: [].
+    """
+    summed = all_reduce_sum_(torch.cat([total, count.to(total)[None]]))  # [K + 1]
+    mean = summed[:-1] / summed[-1].clamp(min=1)
+    center.lerp_(torch.where(summed[-1] > 0, mean, center), 1 - momentum)
+
+
+@torch.no_grad()
+def sinkhorn_knopp(logits: Tensor, temp: float, num_iters: int = 3, *, may_be_empty: bool = False) -> Tensor:
     """Targets under which the batch uses all prototypes equally.
 
     ::
@@ -60,9 +76,10 @@ def sinkhorn_knopp(logits: Tensor, temp: float, num_iters: int = 3) -> Tensor:
     last line and are left out.
 
     Args:
-        logits: [n, K], rows of this rank; computed in fp32.
+        logits: [n, K], rows of this rank, of which the ranks may have different numbers; computed in fp32.
         temp: > 0.
         num_iters: >= 1.
+        may_be_empty: whether a rank may have no row at all.
 
     Returns:
         [n, K], each row sums to 1.
@@ -72,7 +89,7 @@ def sinkhorn_knopp(logits: Tensor, temp: float, num_iters: int = 3) -> Tensor:
     Raises:
         ValueError: a temperature that is not positive, no iteration, or not a matrix.
     """
-    if logits.dim() != 2 or logits.numel() == 0:
+    if logits.dim() != 2 or logits.shape[1] == 0 or (logits.shape[0] == 0 and not may_be_empty):
         raise ValueError(f"logits {list(logits.shape)}: must be [n, K], neither of them 0")
     if temp <= 0:
         raise ValueError(f"temp = {temp}: must be > 0")
@@ -80,7 +97,8 @@ def sinkhorn_knopp(logits: Tensor, temp: float, num_iters: int = 3) -> Tensor:
         raise ValueError(f"num_iters = {num_iters}: must be >= 1")
     log_q = logits.float() / temp
     for _ in range(num_iters):
-        largest = all_reduce_max_(log_q.amax(dim=0))  # [K]
+        found = log_q.amax(dim=0) if len(log_q) else log_q.new_full(log_q.shape[1:], -torch.inf)
+        largest = all_reduce_max_(found)  # [K]
         total = all_reduce_sum_((log_q - largest).exp().sum(dim=0))  # [K]
         log_q = log_q - (largest + total.log())
         log_q = torch.log_softmax(log_q, dim=1)

@@ -53,6 +53,7 @@ _TEMPORARY = ".partial-"  # being written or deleted
 _SHAPE_KEYS = (
     "pretrain.model.",
     "pretrain.head.",
+    *(f"pretrain.ibot.{name}" for name in ("weight", "head", "num_prototypes", "bottleneck_dim")),
     "pretrain.crops.global_size",
     *(f"pretrain.optim.{name}" for name in ("name", "layer_decay", "patch_embed_lr_mult", "decay_tokens")),
     "pretrain.optim.freeze_last_layer_by",

@@ -8,67 +8,17 @@ value and what is allowed.
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
-
-class ConfigError(ValueError):
-    """A configuration that cannot run. The message holds one line per problem, each opening with the dotted key."""
-
-
-def number(default: Any, *, gt: float | None = None, ge: float | None = None, le: float | None = None) -> Any:
-    """A field whose value (or each element of a tuple value) must lie in the given range; None is left alone."""
-    limits = {name: limit for name, limit in (("gt", gt), ("ge", ge), ("le", le)) if limit is not None}
-    return field(default=default, metadata=limits)
-
-
-_SYMBOLS = {"gt": ">", "ge": ">=", "le": "<="}
-
-
-def allowed_range(item: dataclasses.Field[Any]) -> str:
-    """The range of a field in words, such as `> 0 and <= 1`; empty where it has none."""
-    return " and ".join(f"{_SYMBOLS[name]} {limit}" for name, limit in item.metadata.items())
-
-
-def in_range(item: dataclasses.Field[Any], value: Any) -> bool:
-    """Whether a value (each element of a tuple; None always) lies in the field's range."""
-    limits = dict(item.metadata)
-    values = value if isinstance(value, tuple) else (value,)
-    return not limits or all(_in_range(v, limits) for v in values if v is not None)
-
-
-def _in_range(value: float, limits: dict[str, float]) -> bool:
-    if isinstance(value, float) and not math.isfinite(value):
-        return False
-    return not (
-        ("gt" in limits and value <= limits["gt"])
-        or ("ge" in limits and value < limits["ge"])
-        or ("le" in limits and value > limits["le"])
-    )
-
-
-class CheckedConfig:
-    """Range checks shared by all parts: each field against the limits in its metadata, then `_problems`."""
-
-    path: ClassVar[str] = ""
-    """The dotted prefix of this part's keys, for error messages."""
-
-    def __post_init__(self) -> None:
-        problems = []
-        for item in dataclasses.fields(self):  # type: ignore[arg-type]
-            value = getattr(self, item.name)
-            if not in_range(item, value):
-                problems.append(f"{self.path}.{item.name} = {value}: must be {allowed_range(item)}")
-        problems += [f"{self.path}.{problem}" for problem in self._problems()] if not problems else []
-        if problems:
-            raise ConfigError("\n".join(problems))
-
-    def _problems(self) -> list[str]:
-        """What is wrong between fields, each line opening with a field's name. Called when every field is in range."""
-        return []
-
+from dino_core.config_checks import CheckedConfig as CheckedConfig
+from dino_core.config_checks import ConfigError as ConfigError
+from dino_core.config_checks import allowed_range as allowed_range
+from dino_core.config_checks import in_range as in_range
+from dino_core.config_checks import number as number
+from dino_core.config_patches import IBOTConfig as IBOTConfig
+from dino_core.config_patches import MaskConfig as MaskConfig
+from dino_core.config_problems import combination_problems
 
 Shape = Literal["cosine", "linear", "constant"]
 """How a value goes from that of the first step to its final one over a run; `constant` stays at the former."""
@@ -94,9 +44,16 @@ class ModelConfig(CheckedConfig):
     """Register tokens of a ViT (- | student.num_register_tokens)."""
     pooling: Literal["token", "avg"] | None = None
     """Features of a ViT: the class token, or the mean of the patches; None keeps the model's own (- | -)."""
+    swiglu: bool = False
+    """SwiGLU with 2/3 of the hidden width, rounded up to a multiple of 8, in place of a ViT's feed-forward layers
+    (- | student.ffn_layer)."""
+    layer_scale: float | None = number(None, gt=0)
+    """Initial value of LayerScale of a ViT; None keeps the model's own, in most of them none at all
+    (- | student.layerscale)."""
     drop_path: float = number(0.1, ge=0, le=0.99)
-    """Stochastic depth rate of the last block, rising linearly from 0; student only
-    (--drop_path_rate | student.drop_path_rate)."""
+    """Stochastic depth rate of the last block; student only (--drop_path_rate | student.drop_path_rate)."""
+    drop_path_schedule: Literal["linear", "uniform"] = "linear"
+    """Over the blocks the rate rises from 0, or is the same in all of them (- | student.drop_path_uniform)."""
     activation_checkpointing: bool = False
     """Recompute the student's blocks in the backward pass instead of keeping their activations: less memory, about a
     third more time, the same numbers (- | train.activation_checkpointing)."""
@@ -166,6 +123,16 @@ class LossConfig(CheckedConfig):
     queue_size: int | None = number(None, ge=1)
     """info_nce: the newest this many teacher outputs of earlier steps are the negatives; None takes the other images of
     the global batch (- | -)."""
+    weight: float = number(1.0, ge=0)
+    """Weight of this loss; 0 leaves the patches' loss alone (--lambda1 | dino.loss_weight)."""
+    koleo_weight: float = number(0.0, ge=0)
+    """Weight of KoLeo, which spreads the student's features of the global crops, in front of the head
+    (- | dino.koleo_loss_weight)."""
+    koleo_crops: Literal["both", "first"] = "both"
+    """Over the sum of both global crops, each for itself (DINOv2's code), or the first alone (its paper) (- | -)."""
+    koleo_group_size: int | None = number(None, ge=2)
+    """Neighbours are looked for among this many images that follow each other in the global batch; DINOv2's code looks
+    among those of one GPU. None: among all images of the global batch (- | -)."""
 
     def _problems(self) -> list[str]:
         if self.queue_size is not None and self.name != "info_nce":
@@ -424,6 +391,8 @@ class PretrainConfig(CheckedConfig):
     student: StudentConfig = field(default_factory=StudentConfig)
     crops: CropsConfig = field(default_factory=CropsConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    ibot: IBOTConfig = field(default_factory=IBOTConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 
     def _problems(self) -> list[str]:
@@ -434,70 +403,4 @@ class PretrainConfig(CheckedConfig):
             problems.append(
                 f"accumulate_steps = {self.accumulate_steps}: must divide pretrain.batch_size = {self.batch_size}"
             )
-        return problems + self._combination_problems()
-
-    def _combination_problems(self) -> list[str]:
-        """Points of the component space that compute nothing sensible, each with the reason."""
-        loss, teacher = self.loss.name, self.teacher
-        problems = []
-        if loss == "cross_entropy" and self.head.num_prototypes is None:
-            problems.append(
-                "head.num_prototypes = None: must be >= 2 with loss.name = cross_entropy, a softmax over them"
-            )
-        if loss != "cross_entropy":
-            if teacher.centering in ("softmax", "sinkhorn_knopp"):
-                problems.append(
-                    f"teacher.centering = {teacher.centering}: gives probabilities, which only loss.name = "
-                    f"cross_entropy compares; must be center or none with {loss}"
-                )
-            if teacher.sharpening != "softmax":
-                problems.append(
-                    f"teacher.sharpening = {teacher.sharpening}: must be softmax, its default, with loss.name = "
-                    f"{loss}, which compares outputs and sharpens nothing"
-                )
-        if loss == "info_nce" and teacher.centering == "center":
-            problems.append(
-                "teacher.centering = center: must be none with loss.name = info_nce, which compares only differences "
-                "between images; a centre that moves would make outputs of different steps incomparable"
-            )
-        if loss == "info_nce" and self.loss.queue_size is None and self.batch_size < 2:
-            problems.append(
-                "batch_size = 1: must be >= 2 with loss.name = info_nce, whose negatives are the other images"
-            )
-        if not teacher.stop_gradient:
-            problems += self._two_sided_problems()
-        if teacher.mode == "eval" and not teacher.ema_buffers and self._has_batch_norm_in_heads():
-            problems.append(
-                "teacher.mode = eval: needs pretrain.teacher.ema_buffers = true with batch norm in the head, or the "
-                "running statistics that it reads never move"
-            )
-        return problems
-
-    def _two_sided_problems(self) -> list[str]:
-        """Why a gradient through the teacher's side is not possible."""
-        problems = []
-        if self.teacher.update != "student_copy":
-            problems.append(
-                f"teacher.stop_gradient = False: needs pretrain.teacher.update = student_copy, not "
-                f"{self.teacher.update}, whose weights are not the student's"
-            )
-        if self.loss.name != "info_nce":
-            problems.append(
-                f"teacher.stop_gradient = False: must be true with loss.name = {self.loss.name}; without negatives "
-                "both sides would agree on a constant"
-            )
-        if self.loss.queue_size is not None:
-            problems.append("teacher.stop_gradient = False: must be true with a queue, whose outputs have no gradient")
-        if self.accumulate_steps > 1:
-            problems.append(
-                "teacher.stop_gradient = False: must be true with pretrain.accumulate_steps > 1; the gradient through "
-                "the negatives needs the whole batch at once"
-            )
-        if self.teacher.mode == "eval":
-            problems.append("teacher.stop_gradient = False: needs pretrain.teacher.mode = train, as the student is")
-        if self.predictor.num_layers:
-            problems.append("teacher.stop_gradient = False: must be true with a predictor, which has two unlike sides")
-        return problems
-
-    def _has_batch_norm_in_heads(self) -> bool:
-        return (self.head.batch_norm and self.head.num_layers > 1) or self.head.output_batch_norm
+        return problems + combination_problems(self)

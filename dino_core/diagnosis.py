@@ -7,6 +7,7 @@ collapse is only called one when two signals agree, and from the step from which
 from __future__ import annotations
 
 import bisect
+import dataclasses
 import math
 import re
 import statistics
@@ -91,18 +92,45 @@ def diagnose(curves: Curves, config: PretrainConfig, *, reason: str = "") -> Dia
         reason: why the run failed, where it did; a loss that is not finite ends a run before it is logged.
     """
     found = _not_finite(curves, reason)
-    if found is None:
-        run = _Run(curves, config)
+    signs: list[str] = []
+    for run in _runs(curves, config) if found is None else ():
         if len(run.steps) < SUSTAINED_POINTS:
             return Diagnosis("unknown", evidence=(f"{len(run.steps)} logged steps: needs {SUSTAINED_POINTS}",))
         found = _worst(run)
-    if found is None:
+        if found is not None:
+            verdict, step, evidence = found
+            found = verdict, step, tuple(run.words + phrase for phrase in evidence)
+            break
         needed = "train/teacher_entropy" if config.loss.name == "cross_entropy" else "train/target_std"
         if run.last.value(needed) is None:
             return Diagnosis("unknown", evidence=(f"{needed} was not logged",))
-        return Diagnosis("healthy", evidence=_signs_of_health(run.last))
+        signs += [run.words + sign for sign in _signs_of_health(run.last)]
+    if found is None:
+        return Diagnosis("healthy", evidence=tuple(signs))
     verdict, step, evidence = found
     return Diagnosis(verdict, step, evidence, likely_cause(verdict, config))
+
+
+def _runs(curves: Curves, config: PretrainConfig) -> list[_Run]:
+    """The run as its class tokens show it and as its masked patches do: the same signals, each under one name."""
+    runs = []
+    if config.loss.weight:
+        own = {"train/loss": curves["train/class_loss"]} if "train/class_loss" in curves else {}
+        runs.append(_Run({**curves, **own}, config))
+    if config.ibot.weight:
+        prototypes = (
+            config.ibot.num_prototypes if config.ibot.head == "untied" else None
+        ) or config.head.num_prototypes
+        assert prototypes is not None
+        names = ("teacher_entropy", "kl", "prototype_usage", "loss_below_uniform")
+        own = {f"train/{name}": curves.get(f"train/patch_{name}", ()) for name in names}
+        below = curves.get("train/patch_loss_below_uniform", ())
+        own["train/loss"] = [(step, math.log(prototypes) - value) for step, value in below]
+        shared = {name: curve for name, curve in curves.items() if name != "train/target_std"}
+        head = dataclasses.replace(config.head, num_prototypes=prototypes)
+        patches = dataclasses.replace(config.ibot, num_prototypes=None, bottleneck_dim=None)
+        runs.append(_Run({**shared, **own}, dataclasses.replace(config, head=head, ibot=patches), "patches: "))
+    return runs
 
 
 _Found = tuple[Verdict, int, tuple[str, ...]]
@@ -159,6 +187,8 @@ class _Moment:
 class _Run:
     curves: Curves
     config: PretrainConfig
+    words: str = ""
+    """In front of what its signals say."""
 
     @cached_property
     def steps(self) -> list[int]:

@@ -108,6 +108,11 @@ def export_backbone(checkpoint: Path, to: Format, folder: Path, *, network: Netw
     """
     check_target(to, folder)
     backbone = load_backbone(checkpoint, network)
+    if backbone.config["model"].get("swiglu") and to != "onnx":
+        raise ExportError(
+            f"{checkpoint}: timm has no argument by which others could build {backbone.name} with "
+            "pretrain.model.swiglu = true; only onnx can hold it"
+        )
     folder = folder.resolve()
     temporary = folder.with_name(f".partial-{folder.name}-{os.getpid()}")
     temporary.mkdir(parents=True)
@@ -135,7 +140,7 @@ def load_backbone(checkpoint: Path, network: Network = "teacher") -> Backbone:
     import timm
     from safetensors import safe_open
 
-    from dino_core.backbones import backbone_arguments, num_features
+    from dino_core.backbones import backbone_arguments, num_features, swiglu_arguments
     from dino_core.checkpoint import MODEL_FILE, STATE_FILE, verify_checkpoint
 
     verify_checkpoint(checkpoint)
@@ -148,6 +153,7 @@ def load_backbone(checkpoint: Path, network: Network = "teacher") -> Backbone:
         raise ExportError(f"{checkpoint}: its pretrain.model.* is of another release: {error}") from error
     side = crops["global_size"]
     arguments = backbone_arguments(settings, side)
+    own = swiglu_arguments(settings, arguments) if settings.swiglu else {}
     preprocessing = {
         "input_size": [3, side, side],
         "interpolation": "bicubic",
@@ -160,11 +166,12 @@ def load_backbone(checkpoint: Path, network: Network = "teacher") -> Backbone:
     if arguments.get("dynamic_img_size") or arguments.get("strict_img_size") is False:
         preprocessing["fixed_input_size"] = False
     model = timm.create_model(
-        settings.backbone, pretrained=False, num_classes=0, pretrained_cfg_overlay=preprocessing, **arguments
+        settings.backbone, pretrained=False, num_classes=0, pretrained_cfg_overlay=preprocessing, **arguments, **own
     )
     prefix = f"{network}.backbone."
     with safe_open(checkpoint / MODEL_FILE, "pt") as file:
         tensors = {name.removeprefix(prefix): file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
+    tensors.pop("mask_token", None)  # a student's, for training alone
     _fill(model, tensors, checkpoint, settings.backbone)
     origin = {"network": network, "step": str(state["step"])}
     return Backbone(settings.backbone, arguments, preprocessing, model.eval(), num_features(model), origin, config)

@@ -106,13 +106,18 @@ class DINOHead(nn.Module):
 
     def forward(self, features: Tensor, predictor: nn.Module | None = None) -> Tensor:
         """[n, in_dim] -> [n, out_dim]. A predictor maps the bottleneck [n, bottleneck_dim] to another like it."""
+        x = self.embed(features, predictor)
+        return x if self.last_layer is None else self.last_layer(x)
+
+    def embed(self, features: Tensor, predictor: nn.Module | None = None) -> Tensor:
+        """What stands in front of the prototypes: [n, in_dim] -> [n, bottleneck_dim]."""
         x = self.mlp(features)
         if self.output_norm is not None:
             x = self.output_norm(x)
         x = self._normalise(x)
         if predictor is not None:
             x = self._normalise(predictor(x))
-        return x if self.last_layer is None else self.last_layer(x)
+        return x
 
     def _normalise(self, x: Tensor) -> Tensor:
         return F.normalize(x, dim=-1) if self.bottleneck_norm else x

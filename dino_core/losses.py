@@ -1,10 +1,11 @@
 """Losses: pure functions of tensors.
 
-Axes: T teacher crops, S student crops, B images, K prototypes, D embedding.
+Axes: T teacher crops, S student crops, B images, K prototypes, D embedding, M masked patches.
 """
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -81,6 +82,67 @@ class _PairedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
         return (gradient * grad_output.to(gradient.dtype)).to(ctx.dtype), None, None
+
+
+def ibot_patch_loss(student_logits: Tensor, teacher_probs: Tensor, weights: Tensor, student_temp: float) -> Tensor:
+    """Cross-entropy between teacher and student over masked patches, a weighted sum, in nats.
+
+    With z = `student_logits` / `student_temp`, q = `teacher_probs`::
+
+        loss = sum over m of  weights[m] * -sum_k q[m, k] * log_softmax(z)[m, k]
+
+    With weights 1 / (masked patches of the crop x number of crops) it is the loss of iBOT's and DINOv2's code; outputs
+    that tell nothing apart then give (share of masked crops) x ln K.
+
+    Args:
+        student_logits: [M, K] of the student, which does not see these patches; M may be 0. Computed as in `dino_loss`.
+        teacher_probs: [M, K], sums to 1 over K; no gradient flows into it.
+        weights: [M].
+        student_temp: divides the logits, > 0.
+
+    Source: iBOT (arXiv 2111.07832), equation 2.
+
+    Raises:
+        ValueError: shapes that do not match, or a temperature that is not positive.
+    """
+    if (
+        student_logits.dim() != 2
+        or student_logits.shape != teacher_probs.shape
+        or weights.shape != student_logits.shape[:1]
+    ):
+        raise ValueError(
+            f"student logits {list(student_logits.shape)}, teacher probabilities {list(teacher_probs.shape)} and "
+            f"weights {list(weights.shape)}: must be [M, K], [M, K] and [M]"
+        )
+    if student_temp <= 0:
+        raise ValueError(f"student_temp = {student_temp}: must be > 0")
+    loss: Tensor = _WeightedCrossEntropy.apply(student_logits, teacher_probs.detach(), weights, student_temp)
+    return loss
+
+
+class _WeightedCrossEntropy(torch.autograd.Function):
+    """`ibot_patch_loss` with its gradient made in the forward pass, as `_PairedCrossEntropy` does."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, student_logits: Tensor, teacher_probs: Tensor, weights: Tensor, student_temp: float
+    ) -> Tensor:
+        z = student_logits.to(torch.promote_types(student_logits.dtype, torch.float32)) / student_temp  # [M, K]
+        probs, weights = teacher_probs.to(z.dtype), weights.to(z.dtype)
+        normalisers = torch.logsumexp(z, dim=-1)  # [M]
+        matches = torch.einsum("mk,mk->m", z, probs)  # [M]
+        if ctx.needs_input_grad[0]:
+            z.sub_(normalisers[:, None]).exp_().sub_(probs).mul_(weights[:, None] / student_temp)
+            keep = torch.float32 if student_logits.dtype == torch.float16 else student_logits.dtype
+            ctx.save_for_backward(z.to(keep))
+            ctx.dtype = student_logits.dtype
+        return torch.dot(weights, normalisers - matches)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * grad_output.to(gradient.dtype)).to(ctx.dtype), None, None, None
 
 
 def mse_loss(student_outputs: Tensor, targets: Tensor) -> Tensor:
@@ -187,10 +249,33 @@ def koleo_loss(features: Tensor) -> Tensor:
     """
     if features.dim() != 2 or features.shape[0] < 2:
         raise ValueError(f"features {list(features.shape)}: must be [B, D] with B >= 2")
+    return koleo_loss_in_groups(features[None], features.shape[0])
+
+
+def koleo_loss_in_groups(features: Tensor, group_size: int) -> Tensor:
+    """Sum over the crops of `koleo_loss`, each image among the `group_size` of its group; the mean over the groups.
+
+    Args:
+        features: [T, B, D]; the groups are images that follow each other. Computed in fp32.
+        group_size: divides B, >= 2.
+
+    Source: DINOv2's code, where the groups are the images of each GPU and T the two global crops.
+
+    Raises:
+        ValueError: no neighbours, images that are left over, or another shape.
+    """
+    if features.dim() != 3 or group_size < 2 or features.shape[1] == 0 or features.shape[1] % group_size:
+        raise ValueError(
+            f"features {list(features.shape)}: must be [T, B, D], B a multiple of {group_size} and that >= 2"
+        )
     eps = 1e-8
-    with torch.autocast(features.device.type, enabled=False):
-        unit = F.normalize(features.float(), dim=-1)  # [B, D]
+    # what is only counted, on torch's meta device, knows no autocast
+    plain = nullcontext() if features.is_meta else torch.autocast(features.device.type, enabled=False)
+    with plain:
+        unit = F.normalize(features.float(), dim=-1).unflatten(1, (-1, group_size))  # [T, G, B / G, D]
         with torch.no_grad():
-            nearest = (unit @ unit.T).fill_diagonal_(-1.0).argmax(dim=1)  # [B]
-        distance = F.pairwise_distance(unit, unit[nearest], eps=eps)  # [B]
-        return -torch.log(distance + eps).mean()
+            similarities = unit @ unit.transpose(-1, -2)
+            similarities.diagonal(dim1=-2, dim2=-1).fill_(-1.0)
+            nearest = similarities.argmax(dim=-1, keepdim=True).expand_as(unit)
+        distance = F.pairwise_distance(unit, unit.gather(2, nearest), eps=eps)  # [T, G, B / G]
+        return -torch.log(distance + eps).mean() * features.shape[0]

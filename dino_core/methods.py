@@ -41,6 +41,38 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
         "pretrain.teacher.update": "ema",
         "pretrain.teacher.centering": "center",
     },
+    # arXiv 2111.07832, section 3, with the masks and temperatures of its authors' best ViT-S/16
+    "ibot": {
+        **_PROTOTYPES,
+        "pretrain.teacher.centering": "center",
+        "pretrain.ibot.centering": None,
+        "pretrain.ibot.center_over": "all",
+        "pretrain.teacher.update": "ema",
+        "pretrain.ibot.weight": 1.0,
+        "pretrain.ibot.head": "shared",
+        "pretrain.ibot.warmup_temp": 0.04,
+        "pretrain.ibot.temp": 0.07,
+        "pretrain.mask.sampler": "ibot",
+        "pretrain.mask.shape": "block",
+        "pretrain.mask.prob": 0.5,
+        "pretrain.mask.ratio": (0.1, 0.5),
+    },
+    # arXiv 2304.07193, section 4, as its large models are trained
+    "dinov2": {
+        **_PROTOTYPES,
+        "pretrain.teacher.update": "ema",
+        "pretrain.teacher.centering": "sinkhorn_knopp",
+        "pretrain.teacher.sinkhorn_iters": 3,
+        "pretrain.head.norm_last_layer": False,
+        "pretrain.ibot.weight": 1.0,
+        "pretrain.ibot.head": "untied",
+        "pretrain.mask.sampler": "dinov2",
+        "pretrain.mask.shape": "block",
+        "pretrain.mask.prob": 0.5,
+        "pretrain.mask.ratio": (0.1, 0.5),
+        "pretrain.loss.koleo_weight": 0.1,
+        "pretrain.loss.koleo_crops": "both",
+    },
     # arXiv 2006.07733, section 3
     "byol": {
         **_EMBEDDINGS,
@@ -101,10 +133,14 @@ def changes_of(name: str, base: PretrainConfig) -> Mapping[str, Any]:
         ConfigError: there is no such method, or `base` is no configuration of DINO.
     """
     check_method(name)
-    if base.loss.name != "cross_entropy":
+    others = {
+        f"pretrain.loss.name = {base.loss.name}": base.loss.name != "cross_entropy",
+        f"pretrain.ibot.weight = {base.ibot.weight:g}": base.ibot.weight,
+        f"pretrain.loss.koleo_weight = {base.loss.koleo_weight:g}": base.loss.koleo_weight,
+    }
+    if found := [setting for setting, is_other in others.items() if is_other]:
         raise ConfigError(
-            f"method {name}: is a change of DINO, and cannot be applied to a configuration with "
-            f"pretrain.loss.name = {base.loss.name}"
+            f"method {name}: is a change of DINO, and cannot be applied to a configuration with {found[0]}"
         )
     return METHODS[name]
 

@@ -1,10 +1,14 @@
-"""Student and teacher: a backbone, a head and perhaps the student's predictor, for crops of several sizes."""
+"""Student and teacher: a backbone, a head and perhaps the student's predictor, for crops of several sizes.
+
+Axes: n crops, D features, K outputs of a head, M masked patches.
+"""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from timm.layers.norm_act import convert_sync_batchnorm
@@ -14,20 +18,54 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from dino_core.activation_checkpointing import checkpoint_activations
 from dino_core.backbones import adopt_backbone, build_backbone, check_crop_sizes, num_features
 from dino_core.batch_norm import can_be_synchronised, use_global_batch_norm
-from dino_core.config import ConfigError, PretrainConfig
+from dino_core.config import ConfigError, HeadConfig, PretrainConfig
 from dino_core.distributed import world_size
 from dino_core.heads import DINOHead, Predictor
+from dino_core.masking import MaskedPatches
+from dino_core.patch_tokens import add_mask_token, adopt_patch_tokens, forward_with_patches, remove_mask_token
 from dino_core.stochastic_depth import depth_masks, remove_stochastic_depth
 
 
-class CropNetwork(nn.Module):
-    """Outputs for crops given as one batch per size: one backbone pass per size, one head pass over all crops."""
+class Outputs(NamedTuple):
+    """What a network gives for crops."""
 
-    def __init__(self, backbone: nn.Module, head: DINOHead, predictor: Predictor | None = None) -> None:
+    crops: Tensor | None
+    """[n_1 + n_2 + ..., K]; None where nothing compares class tokens."""
+    features: Tensor
+    """[n_1 + n_2 + ..., D], what they are made from."""
+    patches: Tensor | None = None
+    """[M, K of the patches' head], where patches are masked."""
+
+
+class CropNetwork(nn.Module):
+    """Outputs for crops given as one batch per size: one backbone pass per size, one head pass over all crops.
+
+    Args:
+        patch_head: of masked patches, if they have one of their own.
+        grid: H, W, patches of a global crop, where patches are masked.
+        class_view: see `IBOTConfig`.
+        class_outputs: whether class tokens go through the head.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        head: DINOHead,
+        predictor: Predictor | None = None,
+        *,
+        patch_head: DINOHead | None = None,
+        grid: tuple[int, int] | None = None,
+        class_view: Literal["masked", "full"] = "masked",
+        class_outputs: bool = True,
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = head
         self.predictor = predictor
+        self.patch_head = patch_head
+        self.grid = grid
+        self.class_view = class_view
+        self.class_outputs = class_outputs
         self._depth_masks = depth_masks(backbone)
         self._part = _Part(seed=0, step=0, num_images=1, first_image=0, share=1)
 
@@ -41,27 +79,68 @@ class CropNetwork(nn.Module):
 
     def features(self, groups: Sequence[Tensor]) -> Tensor:
         """[n_1, 3, H_1, W_1], [n_2, 3, H_2, W_2], ... -> [n_1 + n_2 + ..., D]."""
-        part = self._part
-        features = []
-        for index, crops in enumerate(groups):
-            if self._depth_masks is not None and self.training:
-                self._depth_masks.begin(
-                    part.seed,
-                    part.step,
-                    index,
-                    num_crops=crops.shape[0] // part.num_images,
-                    num_images=part.num_images,
-                    device=crops.device,
-                    first_image=part.first_image,
-                    share=part.share,
-                )
-            features.append(self.backbone(crops))
-        return torch.cat(features)
+        return torch.cat(self._features(groups))
 
-    def forward(self, groups: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Outputs [n_1 + n_2 + ..., K], and as `features` the features that they are made from, without gradient."""
-        features = self.features(groups)
-        return self.head(features, self.predictor), features.detach()
+    def _features(self, groups: Sequence[Tensor], first_index: int = 0) -> list[Tensor]:
+        features = []
+        for index, crops in enumerate(groups, start=first_index):
+            self._begin(index, crops)
+            features.append(self.backbone(crops))
+        return features
+
+    def _begin(self, index: int, crops: Tensor) -> None:
+        """Draw what stochastic depth drops in a pass over one group of crops."""
+        part = self._part
+        if self._depth_masks is not None and self.training:
+            self._depth_masks.begin(
+                part.seed,
+                part.step,
+                index,
+                num_crops=crops.shape[0] // part.num_images,
+                num_images=part.num_images,
+                device=crops.device,
+                first_image=part.first_image,
+                share=part.share,
+            )
+
+    def forward(self, groups: Sequence[Tensor], masked: MaskedPatches | None = None) -> Outputs:
+        """The outputs of all crops and, of the first group, those of its `masked` patches, which it does not see."""
+        if masked is None:
+            features = self.features(groups)
+            return Outputs(self.head(features, self.predictor), features)
+        full = self.class_view == "full"
+        self._begin(len(groups) if full else 0, groups[0])
+        masked_features, tokens = forward_with_patches(self.backbone, groups[0], masked)
+        if full:
+            features = self.features(groups)
+        else:
+            features = torch.cat([masked_features, *self._features(groups[1:], first_index=1)])
+        outputs, patches = self._project(features, tokens.flatten(0, 1)[masked.rows])
+        return Outputs(outputs, features, patches)
+
+    def look_at_patches(self, crops: Tensor, masked: MaskedPatches) -> tuple[Outputs, Tensor]:
+        """As a teacher sees crops: all of them, and the outputs of the patches that the student does not see.
+
+        Returns:
+            The outputs, and all patch tokens [n, N, D].
+        """
+        self._begin(0, crops)
+        features, tokens = forward_with_patches(self.backbone, crops)
+        outputs, patches = self._project(features, tokens.flatten(0, 1)[masked.rows])
+        return Outputs(outputs, features, patches), tokens
+
+    @property
+    def head_of_patches(self) -> DINOHead:
+        return self.head if self.patch_head is None else self.patch_head
+
+    def _project(self, features: Tensor, patches: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Through the heads; in one pass if there is only one, as its batch norm sees one batch."""
+        if not self.class_outputs:
+            return None, self.head_of_patches(patches)
+        if self.patch_head is not None:
+            return self.head(features, self.predictor), self.patch_head(patches)
+        both = self.head(torch.cat([features, patches]))
+        return both[: len(features)], both[len(features) :]
 
 
 class _Part(NamedTuple):
@@ -81,14 +160,48 @@ def build_student(config: PretrainConfig, backbone: nn.Module | None = None) -> 
         ConfigError: model, head and crops do not fit together.
     """
     crops = config.crops
+    name = config.model.backbone if backbone is None else type(backbone).__name__
     if backbone is None:
         backbone = build_backbone(config.model, crops.global_size, drop_path=config.model.drop_path)
         check_crop_sizes(backbone, config.model, crops)
         in_dim = num_features(backbone)
     else:
         backbone, in_dim = _own_backbone(backbone, config)
-    settings = config.head
-    head = DINOHead(
+    settings, ibot = config.head, config.ibot
+    head = _head(in_dim, settings)
+    predictor = None
+    if config.predictor.num_layers:
+        predictor = Predictor(
+            settings.bottleneck_dim,
+            num_layers=config.predictor.num_layers,
+            hidden_dim=config.predictor.hidden_dim,
+            batch_norm=config.predictor.batch_norm,
+            activation=settings.activation,
+        )
+    if not ibot.weight:
+        return CropNetwork(backbone, head, predictor)
+    grid = adopt_patch_tokens(backbone, name, crops.global_size)
+    add_mask_token(backbone)
+    patch_head = None
+    if ibot.head == "untied":
+        own = dataclasses.replace(
+            settings,
+            num_prototypes=ibot.num_prototypes or settings.num_prototypes,
+            bottleneck_dim=ibot.bottleneck_dim or settings.bottleneck_dim,
+        )
+        patch_head = _head(in_dim, own)
+    return CropNetwork(
+        backbone,
+        head,
+        patch_head=patch_head,
+        grid=grid,
+        class_view=ibot.class_view,
+        class_outputs=config.loss.weight > 0,
+    )
+
+
+def _head(in_dim: int, settings: HeadConfig) -> DINOHead:
+    return DINOHead(
         in_dim,
         settings.num_prototypes,
         num_layers=settings.num_layers,
@@ -100,16 +213,6 @@ def build_student(config: PretrainConfig, backbone: nn.Module | None = None) -> 
         output_batch_norm=settings.output_batch_norm,
         activation=settings.activation,
     )
-    predictor = None
-    if config.predictor.num_layers:
-        predictor = Predictor(
-            settings.bottleneck_dim,
-            num_layers=config.predictor.num_layers,
-            hidden_dim=config.predictor.hidden_dim,
-            batch_norm=config.predictor.batch_norm,
-            activation=settings.activation,
-        )
-    return CropNetwork(backbone, head, predictor)
 
 
 def _own_backbone(module: nn.Module, config: PretrainConfig) -> tuple[nn.Module, int]:
@@ -161,7 +264,14 @@ def build_teacher(student: CropNetwork, config: PretrainConfig) -> CropNetwork:
     """
     backbone, head = copy.deepcopy(student.backbone), copy.deepcopy(student.head)
     remove_stochastic_depth(backbone)
-    teacher = CropNetwork(backbone, head).requires_grad_(False)
+    remove_mask_token(backbone)
+    teacher = CropNetwork(
+        backbone,
+        head,
+        patch_head=copy.deepcopy(student.patch_head),
+        grid=student.grid,
+        class_outputs=student.class_outputs,
+    ).requires_grad_(False)
     settings = config.teacher
     norms = [module for module in teacher.modules() if isinstance(module, _BatchNorm)]
     if settings.ema_buffers:

@@ -23,12 +23,14 @@ _TOKEN = re.compile(
 )
 """How timm's models, and the authors', call a parameter that is a token or a table of positions."""
 
+_LAST_LAYERS = ("head.last_layer.", "patch_head.last_layer.")
+
 _BEFORE_BLOCKS = re.compile(r"(\w+_token|pos_embed|patch_embed|norm_pre|rel_pos_bias|rope)\b")
 """Opens the names of a ViT's parameters in front of its blocks."""
 
 
 def parameter_groups(config: OptimConfig, student: nn.Module) -> list[dict[str, Any]]:
-    """The trainable parameters of a student with children `backbone`, `head` and perhaps `predictor`.
+    """The trainable parameters of a student with children `backbone`, `head` and perhaps `predictor` or `patch_head`.
 
     Parameters of a group have in common, under these keys: `decays`, whether they have weight decay, as all but biases
     and 1-D ones do (and tokens and positions, unless `decay_tokens`); `lr_scale`, the multiple of the learning rate;
@@ -44,7 +46,7 @@ def parameter_groups(config: OptimConfig, student: nn.Module) -> list[dict[str, 
             continue
         is_token = _TOKEN.fullmatch(name.rpartition(".")[2]) is not None
         decays = parameter.dim() != 1 and not name.endswith(".bias") and (config.decay_tokens or not is_token)
-        last_layer = config.freeze_last_layer_by == "lr" and name.startswith("head.last_layer.")
+        last_layer = config.freeze_last_layer_by == "lr" and name.startswith(_LAST_LAYERS)
         groups.setdefault((decays, scales.get(name, 1.0), last_layer), []).append(parameter)
     return [
         {"params": groups[key], "decays": key[0], "lr_scale": key[1], "last_layer": key[2]}
@@ -180,7 +182,7 @@ def clip_gradients_(
     """Scale down, in place, gradients whose L2 norm exceeds `max_norm`, by max_norm / (norm + 1e-6).
 
     The norm is each gradient's own (`parameter`, as the authors of DINO do), that of each child of the student
-    (`module`, DINOv2: backbone, head and predictor) or that of all (`global`, as `torch.nn.utils.clip_grad_norm_`).
+    (`module`, DINOv2: backbone, heads and predictor) or that of all (`global`, as `torch.nn.utils.clip_grad_norm_`).
     None only measures. Parameters without gradient do not count. Nothing is read back from the device.
 
     Returns:
@@ -209,11 +211,11 @@ def _norms_to_clip(norms: Tensor, names: Sequence[str], mode: Literal["parameter
     return torch.cat([torch.linalg.vector_norm(child).expand_as(child) for child in norms.split(sizes)])
 
 
-def cancel_last_layer_gradients_(head: nn.Module) -> None:
+def cancel_last_layer_gradients_(*heads: nn.Module | None) -> None:
     """Leave the prototypes, if there are any, out of the next optimiser step: no update, no decay, no moments."""
-    last_layer = head.last_layer
-    if last_layer is None:
-        return
-    assert isinstance(last_layer, nn.Module)
-    for parameter in last_layer.parameters():
-        parameter.grad = None
+    for head in heads:
+        last_layer = None if head is None else head.last_layer
+        if last_layer is not None:
+            assert isinstance(last_layer, nn.Module)
+            for parameter in last_layer.parameters():
+                parameter.grad = None

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from dino_core.config import ConfigError, PretrainConfig, Shape, TeacherConfig
+from dino_core.config import ConfigError, PretrainConfig, Shape
 
 Schedule = Callable[[int], float]
 
@@ -134,6 +134,8 @@ class Schedules:
     momentum: Schedule
     """Of the teacher."""
     teacher_temp: Schedule
+    patch_temp: Schedule
+    """Of the teacher's patches, where they are masked."""
     total_steps: int
     freeze_last_layer_steps: int
     """The prototypes get no update in steps below this."""
@@ -184,9 +186,17 @@ def build_schedules(config: PretrainConfig, num_samples: int) -> Schedules:
         return step * config.batch_size // num_samples  # in whole numbers, which no length of run makes inexact
 
     notes: list[str] = []
-    optim, teacher = config.optim, config.teacher
+    optim, teacher, ibot = config.optim, config.teacher, config.ibot
     lr_warmup = warmup("optim.warmup_epochs", optim.warmup_epochs)
     temp_warmup = warmup("teacher.warmup_temp_epochs", teacher.warmup_temp_epochs, whole_epochs=teacher.temp_by_epoch)
+
+    def temperature(start: float, final: float) -> Schedule:
+        if not teacher.temp_by_epoch:
+            return linear_warmup_schedule(start, final, temp_warmup)
+        # the authors' DINO code looks it up in an array by the epoch
+        stairs = linear_warmup_schedule(start, final, round(teacher.warmup_temp_epochs))
+        return lambda step: stairs(epoch(step))
+
     peak_lr = _peak_lr(config, notes)
     frozen = round(optim.freeze_last_layer_epochs * steps_per_epoch)
     if config.head.num_prototypes is not None and frozen >= total_steps:
@@ -211,11 +221,8 @@ def build_schedules(config: PretrainConfig, num_samples: int) -> Schedules:
             optim.weight_decay_schedule, optim.weight_decay, optim.final_weight_decay, total_steps
         ),
         momentum=_momentum_schedule(config, total_steps, notes),
-        teacher_temp=(
-            _by_epoch(teacher, epoch)
-            if teacher.temp_by_epoch
-            else linear_warmup_schedule(teacher.warmup_temp, teacher.temp, temp_warmup)
-        ),
+        teacher_temp=temperature(teacher.warmup_temp, teacher.temp),
+        patch_temp=temperature(ibot.warmup_temp or teacher.warmup_temp, ibot.temp or teacher.temp),
         total_steps=total_steps,
         freeze_last_layer_steps=frozen,
         steps_per_epoch=steps_per_epoch,
@@ -272,9 +279,3 @@ def _momentum_schedule(config: PretrainConfig, total_steps: int, notes: list[str
         f"{teacher.momentum:g} ^ ({config.batch_size} / {reference}), later values to the same power"
     )
     return lambda step: schedule(step) ** power
-
-
-def _by_epoch(teacher: TeacherConfig, epoch: Callable[[int], int]) -> Schedule:
-    """The teacher's temperature as the authors' DINO code has it: an array indexed by the epoch."""
-    schedule = linear_warmup_schedule(teacher.warmup_temp, teacher.temp, round(teacher.warmup_temp_epochs))
-    return lambda step: schedule(epoch(step))

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
@@ -22,21 +22,13 @@ from torch.nn.parallel import DistributedDataParallel
 from dino_core.backbones import compile_backbone
 from dino_core.config import ConfigError, PretrainConfig
 from dino_core.crops import CropBatch
-from dino_core.diagnostics import (
-    center_norm,
-    distance_to_uniform,
-    feature_rank,
-    feature_std,
-    kl_to_student,
-    prototype_usage,
-    target_std,
-    teacher_entropy,
-)
 from dino_core.distributed import all_reduce_mean_, has_process_group, world_size
 from dino_core.networks import CropNetwork, build_student, build_teacher, synchronise_batch_norm
-from dino_core.objectives import Objective, Targets
+from dino_core.objectives import Objective
 from dino_core.optim import build_optimizer, cancel_last_layer_gradients_, clip_gradients_, set_hyperparameters
+from dino_core.passes import backward_in_parts, backward_through_both_sides, teach
 from dino_core.schedules import Schedules, build_schedules
+from dino_core.step_metrics import step_metrics
 
 OnLog = Callable[[int, dict[str, float]], None]
 OnCheckpoint = Callable[["TrainState"], None]
@@ -138,7 +130,7 @@ def train_step(state: TrainState, crops: CropBatch, *, diagnose: bool = True) ->
 
     Returns:
         Metrics of all ranks together, before the update, as scalars on the device: train/loss, train/grad_norm (before
-        clipping) and, with `diagnose`, those of `_diagnose`.
+        clipping) and, with `diagnose`, those of `step_metrics`.
 
     Raises:
         NonFiniteLossError: before anything moved.
@@ -148,31 +140,28 @@ def train_step(state: TrainState, crops: CropBatch, *, diagnose: bool = True) ->
     groups = _crop_groups(state, crops)
     state.optimizer.zero_grad(set_to_none=True)
     if config.teacher.stop_gradient:
-        with state.autocast(), torch.no_grad():
-            features = state.teacher.features(groups[:1])  # [T * B, D]
-            outputs = state.teacher.head(features).unflatten(0, (-1, crops.num_images))  # [T, B, K]
-        targets = state.objective.targets(outputs, schedules.teacher_temp(step))
-        loss = _backward_in_parts(state, groups, targets)
+        taught = teach(state, groups[0], crops.num_images)
+        losses = backward_in_parts(state, groups, taught.aims, crops.num_images)
     else:
-        loss, targets, features, outputs = _backward_through_both_sides(state, groups, crops.num_images)
-    mean_loss = all_reduce_mean_(loss.clone())
+        losses, taught = backward_through_both_sides(state, groups, crops.num_images)
+    mean_loss = all_reduce_mean_(losses.total.clone())
     if state.scaler.is_enabled():  # it cannot be asked twice to unscale, so the loss is looked at before
         _stop_unless_finite(state, mean_loss)
 
     state.scaler.unscale_(state.optimizer)
-    head, optim = state.student.head, config.optim
+    optim, heads = config.optim, (state.student.head, state.student.patch_head)
     frozen = step < schedules.freeze_last_layer_steps
     cancelled = frozen and optim.freeze_last_layer_by == "gradient"
     if cancelled and not optim.clip_before_freeze:
-        cancel_last_layer_gradients_(head)
+        cancel_last_layer_gradients_(*heads)
     grad_norm = clip_gradients_(state.student, optim.clip_grad, optim.clip_mode)
     if not state.scaler.is_enabled():  # the one time that the host waits for the device, as late as can be
         _stop_unless_finite(state, mean_loss)
     if cancelled:
-        cancel_last_layer_gradients_(head)
+        cancel_last_layer_gradients_(*heads)
     metrics = {"train/loss": mean_loss, "train/grad_norm": grad_norm}
     if diagnose:
-        metrics |= _diagnose(state, mean_loss, features, targets)
+        metrics |= step_metrics(state, mean_loss, losses, taught.features, taught.aims)
 
     set_hyperparameters(
         state.optimizer,
@@ -184,9 +173,10 @@ def train_step(state: TrainState, crops: CropBatch, *, diagnose: bool = True) ->
         state.objective.update_teacher,
         state.student,
         state.teacher,
-        outputs,
+        taught.outputs,
         momentum=schedules.momentum(step),
         epoch_ended=schedules.epoch(step + 1) > schedules.epoch(step),
+        patches=taught.patch_sum,
     )
     if state.objective.updates_before_step:
         move_teacher()
@@ -203,88 +193,6 @@ def _stop_unless_finite(state: TrainState, loss: Tensor) -> None:
     if not torch.isfinite(loss):
         state.optimizer.zero_grad(set_to_none=True)
         raise NonFiniteLossError(state.step, float(loss))
-
-
-def _backward_in_parts(state: TrainState, groups: Sequence[Tensor], targets: Targets) -> Tensor:
-    """Gradients of the loss over this rank's share, by `accumulate_steps` passes of the student; the loss, []."""
-    config = state.config
-    num_parts, share = config.accumulate_steps, targets.values.shape[1]
-    size = share // num_parts
-    total = torch.zeros((), device=state.device)
-    for part in range(num_parts):
-        first = part * size
-        rows = [
-            group.unflatten(0, (-1, share))[:, first : first + size].flatten(0, 1) if num_parts > 1 else group
-            for group in groups
-        ]
-        state.student.begin_pass(config.seed, state.step, num_images=size, first_image=first, share=share)
-        with _no_sync(state, last=part == num_parts - 1):
-            with state.autocast():
-                outputs, _ = state.parallel_student(rows)
-            loss = state.objective.loss(outputs.unflatten(0, (-1, size)), targets, first) / num_parts
-            state.scaler.scale(loss).backward()
-        total += loss.detach()
-    return total
-
-
-def _no_sync(state: TrainState, *, last: bool) -> AbstractContextManager[None]:
-    """Gradients are averaged over the ranks once, in the last backward pass."""
-    if last or not isinstance(state.parallel_student, DistributedDataParallel):
-        return nullcontext()
-    return state.parallel_student.no_sync()
-
-
-def _backward_through_both_sides(
-    state: TrainState, groups: Sequence[Tensor], num_images: int
-) -> tuple[Tensor, Targets, Tensor, Tensor]:
-    """As `_backward_in_parts` where the student is its own teacher: the outputs of the global crops are the targets.
-
-    Returns:
-        The loss [], the targets, the features [T * B, D] and outputs [T, B, K] of the global crops.
-    """
-    state.student.begin_pass(state.config.seed, state.step, num_images=num_images, share=num_images)
-    with state.autocast():
-        rows, features = state.parallel_student(groups)
-    outputs = rows.unflatten(0, (-1, num_images))  # [S, B, K]
-    num_global = groups[0].shape[0]
-    loss, targets = state.objective(
-        outputs, outputs[: num_global // num_images], state.schedules.teacher_temp(state.step)
-    )
-    state.scaler.scale(loss).backward()
-    targets = Targets(targets.values.detach(), None)
-    return loss.detach(), targets, features[:num_global], outputs[: num_global // num_images].detach()
-
-
-@torch.no_grad()
-def _diagnose(state: TrainState, loss: Tensor, features: Tensor, targets: Targets) -> dict[str, Tensor]:
-    """What tells whether the run collapses, of the global batch and before the update, each [].
-
-    Always train/feature_std and train/feature_rank (teacher's backbone) and train/target_std (teacher's head, or its
-    probabilities); for cross_entropy train/teacher_entropy, train/kl, train/loss_below_uniform (nats) and
-    train/prototype_usage; for info_nce train/loss_below_uniform (nats); with a centre train/center_norm; in fp16
-    train/loss_scale.
-    """
-    values = targets.values
-    metrics = {
-        "train/feature_std": feature_std(features),
-        "train/feature_rank": feature_rank(features),
-        "train/target_std": target_std(values),
-    }
-    name = state.config.loss.name
-    if name == "cross_entropy":
-        entropy = all_reduce_mean_(teacher_entropy(values))
-        metrics["train/teacher_entropy"] = entropy
-        metrics["train/kl"] = kl_to_student(loss, entropy)
-        metrics["train/prototype_usage"] = prototype_usage(values)
-        metrics["train/loss_below_uniform"] = distance_to_uniform(loss, values.shape[-1])
-    elif name == "info_nce":
-        in_batch = values.shape[0] * (values.shape[1] * world_size() - 1)
-        metrics["train/loss_below_uniform"] = distance_to_uniform(loss, 1 + (state.objective.num_negatives or in_batch))
-    if state.config.teacher.centering == "center":
-        metrics["train/center_norm"] = center_norm(state.objective.center)
-    if state.scaler.is_enabled():
-        metrics["train/loss_scale"] = torch.tensor(state.scaler.get_scale(), device=state.device)
-    return metrics
 
 
 def _crop_groups(state: TrainState, crops: CropBatch) -> list[Tensor]:
@@ -369,12 +277,14 @@ def _to_floats(metrics: dict[str, Tensor]) -> dict[str, float]:
 
 def _schedule_metrics(state: TrainState, step: int) -> dict[str, float]:
     schedules = state.schedules
+    patches = {"train/patch_temp": schedules.patch_temp(step)} if state.config.ibot.weight else {}
     return {
         "train/lr": schedules.lr(step),
         "train/weight_decay": schedules.weight_decay(step),
         "train/teacher_momentum": schedules.momentum(step),
         "train/teacher_temp": schedules.teacher_temp(step),
         "train/epoch": step / schedules.steps_per_epoch,
+        **patches,
     }
 
 

@@ -16,7 +16,8 @@ from orchestrator.config import RunConfig
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dino_core.networks import CropNetwork
+    from dino_core.masking import MaskedPatches
+    from dino_core.networks import CropNetwork, Outputs
     from dino_core.objectives import Objective
 
 MOMENTS = {"adamw": 2, "sgd": 1, "lars": 1}
@@ -55,13 +56,13 @@ class StepCost:
     backbone: int
     """Parameters of the student's backbone."""
     head: int
-    """Parameters of the student's head."""
+    """Parameters of the student's head, or heads."""
     weights: int
     """Bytes: student, its gradients, the optimiser's moments, teacher, queue of negatives."""
     activations: int
     """Bytes that autograd holds between the student's forward and backward pass, in fp32."""
     logits: int
-    """Bytes: logits of student and teacher, their softmax, and the gradient."""
+    """Bytes: logits of student and teacher, of masked patches too, their softmax, and the gradient."""
     checkpoint: int
     """Bytes of one checkpoint on disk: `weights` without the gradients."""
     flops: Flops
@@ -78,7 +79,9 @@ def cost_key(config: RunConfig) -> tuple[object, ...]:
     pretrain, crops = config.pretrain, config.pretrain.crops
     sizes = (pretrain.batch_size, pretrain.accumulate_steps, pretrain.loss, pretrain.optim.name, pretrain.precision)
     shapes = (crops.num_local_crops, crops.global_size, crops.local_size, config.cluster.num_workers)
-    return (pretrain.model, pretrain.head, pretrain.predictor, pretrain.teacher.stop_gradient, *sizes, *shapes)
+    patches = (pretrain.ibot, pretrain.mask, pretrain.teacher.centering) if pretrain.ibot.weight else ()
+    parts = (pretrain.model, pretrain.head, pretrain.predictor, pretrain.teacher.stop_gradient)
+    return (*parts, *sizes, *shapes, *patches)
 
 
 def measure(config: RunConfig) -> StepCost:
@@ -93,8 +96,11 @@ def measure(config: RunConfig) -> StepCost:
         student = build_student(pretrain)
         teacher = build_teacher(student, pretrain)
         objective = Objective(student.head.out_dim, pretrain)
-    backbone, head = (sum(p.numel() for p in part.parameters()) for part in (student.backbone, student.head))
+    backbone = sum(p.numel() for p in student.backbone.parameters())
     everything = sum(p.numel() for p in student.parameters())
+    of_teacher = sum(p.numel() for p in teacher.parameters())
+    heads = [part for part in (student.head, student.patch_head) if part is not None]
+    head = sum(p.numel() for part in heads for p in part.parameters())
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
     per_worker = pretrain.batch_size // config.cluster.num_workers
     per_pass = per_worker // pretrain.accumulate_steps
@@ -104,8 +110,12 @@ def measure(config: RunConfig) -> StepCost:
     compared = 0  # outputs that each output of the student is told from
     if pretrain.loss.name == "info_nce":
         compared = pretrain.loss.queue_size or 2 * pretrain.batch_size
-    activations, flops = _one_step(student, teacher, objective, pretrain, per_pass)
-    kept = everything + backbone + head + trained * MOMENTS[pretrain.optim.name] + queue
+    masks = _masks(student, pretrain, per_pass)
+    num_masked = 0 if masks is None else len(masks.rows)
+    of_patches = student.head_of_patches.out_dim * num_masked * (3 + 2 * pretrain.accumulate_steps)
+    num_compared = num_outputs if student.class_outputs else 0
+    activations, flops = _one_step(student, teacher, objective, pretrain, per_pass, masks)
+    kept = everything + of_teacher + trained * MOMENTS[pretrain.optim.name] + queue
     return StepCost(
         backbone=backbone,
         head=head,
@@ -114,14 +124,37 @@ def measure(config: RunConfig) -> StepCost:
         # student, of one pass: logits, log-softmax, gradient; teacher, of the whole batch: logits, softmax
         # and for info_nce the similarities, their exponentials and gradient
         logits=_FLOAT
-        * (num_outputs * (3 * num_crops * per_pass + 2 * 2 * per_worker) + 3 * num_crops * per_pass * compared),
+        * (
+            num_compared * (3 * num_crops * per_pass + 2 * 2 * per_worker)
+            + 3 * num_crops * per_pass * compared
+            + of_patches
+        ),
         checkpoint=_FLOAT * kept,
         flops=flops,
     )
 
 
+def _masks(student: CropNetwork, config: PretrainConfig, num_images: int) -> MaskedPatches | None:
+    """Masks of one pass; how many patches they hide changes little from step to step."""
+    import numpy as np
+    import torch
+
+    from dino_core.masking import Masks, draw_masks
+
+    if student.grid is None:
+        return None
+    images = np.arange(num_images)
+    found = draw_masks(config.mask, student.grid, seed=config.seed, step=0, batch_size=num_images, images=images)
+    return Masks(found, config.ibot.divisor).part(0, num_images, torch.device("meta"))
+
+
 def _one_step(
-    student: CropNetwork, teacher: CropNetwork, objective: Objective, config: PretrainConfig, num_images: int
+    student: CropNetwork,
+    teacher: CropNetwork,
+    objective: Objective,
+    config: PretrainConfig,
+    num_images: int,
+    masks: MaskedPatches | None,
 ) -> tuple[int, Flops]:
     """Of a step over so many images: bytes of the tensors that the forward pass saves for the backward pass, without
     the parameters themselves, and the operations for each image."""
@@ -149,31 +182,48 @@ def _one_step(
             teacher.backbone(groups[0])
 
     def aim() -> None:
-        if config.teacher.stop_gradient:
-            with torch.no_grad():
-                outputs = teacher.head(teacher.features(groups[:1])).unflatten(0, (-1, num_images))
-                targets.append(objective.targets(outputs, _TEMP))
+        if not config.teacher.stop_gradient:
+            return
+        with torch.no_grad():
+            if masks is None:
+                outputs = teacher([groups[0]])
+            else:
+                outputs, tokens = teacher.look_at_patches(groups[0], masks)
+                if objective.patch_centering == "center" and config.ibot.center_over == "all":
+                    teacher.head_of_patches.embed(tokens.flatten(0, 1))
+            if outputs.crops is not None:
+                targets["class"] = objective.targets(outputs.crops.unflatten(0, (-1, num_images)), _TEMP)
+            if outputs.patches is not None:
+                weights = torch.empty(len(outputs.patches), device="meta")
+                targets["patch"] = objective.patch_targets(outputs.patches, weights, _TEMP)
 
     def compare() -> None:
-        outputs = made[0].unflatten(0, (-1, num_images))
-        two_sided = not config.teacher.stop_gradient
-        loss = objective(outputs, outputs[:2], _TEMP).loss if two_sided else objective.loss(outputs, targets[0])
-        losses.append(loss)
+        found, parts = made[0], {}
+        if found.crops is not None:
+            outputs = found.crops.unflatten(0, (-1, num_images))
+            two_sided = not config.teacher.stop_gradient
+            of_class = objective(outputs, outputs[:2], _TEMP).loss if two_sided else None
+            parts["class"] = objective.loss(outputs, targets["class"]) if of_class is None else of_class
+        if found.patches is not None:
+            parts["patch"] = objective.patch_loss(found.patches, targets["patch"])
+        if config.loss.koleo_weight:
+            parts["koleo"] = objective.koleo(found.features[: 2 * num_images], num_images)
+        losses.append(objective.weighted(parts))
 
     def forward() -> None:
         student.begin_pass(config.seed, 0, num_images=num_images, share=num_images)
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            made.append(student(groups)[0])
+            made.append(student(groups, masks))
 
-    made: list[Tensor] = []
+    made: list[Outputs] = []
     losses: list[Tensor] = []
-    targets: list[Any] = []
+    targets: dict[str, Any] = {}
     backbone, of_teacher, of_student = _count(look_at), _count(aim), _count(forward)
     # everything saved is alive until here, so that no storage was counted under the name of another
     activations = sum(size for storage, size in saved.items() if storage not in parameters)
     if config.model.activation_checkpointing:  # what is computed again would look for the masks of its own pass
         remove_stochastic_depth(student.backbone)
-        made[:] = [student(groups)[0]]
+        made[:] = [student(groups, masks)]
     of_loss = _count(compare)
     backward = _count(losses[0].backward)
     return activations, Flops(

@@ -6,11 +6,12 @@ scale the trials themselves change. Imports neither ray nor torch.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from dino_core.config import ConfigError
+from dino_core.config import ConfigError, IBOTConfig, MaskConfig
 
 if TYPE_CHECKING:
     from orchestrator.config import RunConfig
@@ -26,14 +27,18 @@ LABEL_FREE = (RANKME, LIDAR, ALPHA_REQ)
 """Logged at every evaluation, with labels or without."""
 
 _SMALLER_IS_BETTER = frozenset(
-    ("train/loss", "train/kl", "train/grad_norm", "train/data_wait_share", "train/center_norm")
+    (
+        *("train/loss", "train/kl", "train/grad_norm", "train/data_wait_share", "train/center_norm"),
+        *("train/class_loss", "train/patch_loss", "train/koleo", "train/patch_kl", "train/patch_center_norm"),
+    )
 )
 
 _OF_THE_TARGETS = frozenset(
     f"train/{name}"
     for name in (
         *("loss", "kl", "teacher_entropy", "loss_below_uniform", "grad_norm"),
-        *("target_std", "prototype_usage", "center_norm"),
+        *("target_std", "prototype_usage", "center_norm", "class_loss", "patch_loss", "koleo", "patch_center_norm"),
+        *("patch_kl", "patch_teacher_entropy", "patch_loss_below_uniform", "patch_prototype_usage", "masked_share"),
     )
 )
 """What measures the student against its targets, or the targets themselves."""
@@ -42,6 +47,9 @@ _MAKE_THE_TARGETS = (
     *(f"pretrain.teacher.{name}" for name in ("temp", "warmup_temp", "warmup_temp_epochs", "sharpening", "centering")),
     *(f"pretrain.teacher.{name}" for name in ("center_momentum", "sinkhorn_iters", "update", "stop_gradient")),
     *("pretrain.student.temp", "pretrain.head.num_prototypes", "pretrain.loss.name", "pretrain.loss.queue_size"),
+    *(f"pretrain.loss.{name}" for name in ("weight", "koleo_weight", "koleo_crops", "koleo_group_size")),
+    *(f"pretrain.ibot.{item.name}" for item in dataclasses.fields(IBOTConfig)),
+    *(f"pretrain.mask.{item.name}" for item in dataclasses.fields(MaskConfig)),
     *(f"pretrain.crops.{name}" for name in ("num_local_crops", "global_size", "local_size", "local_scale")),
 )
 _MAKE_THE_VIEWS = (

@@ -51,6 +51,12 @@ _CHANGES: tuple[tuple[str, dict[Part, str]], ...] = (
     ("pretrain.head.num_layers", {"weights": _HEAD}),
     ("pretrain.head.hidden_dim", {"weights": _HEAD}),
     ("pretrain.head.bottleneck_dim", {"weights": _HEAD}),
+    ("pretrain.model.layer_scale", {"weights": "all that are drawn"}),
+    ("pretrain.model.swiglu", {"weights": _BACKBONE}),
+    ("pretrain.ibot.weight", {"weights": "all but the patches' own head, if there is one"}),
+    ("pretrain.ibot.head", {"weights": "all but the patches' head"}),
+    ("pretrain.ibot.num_prototypes", {"weights": "all but the patches' prototypes"}),
+    ("pretrain.ibot.bottleneck_dim", {"weights": "all but the patches' head from there on"}),
     ("pretrain.predictor.", {"weights": "all but the predictor's"}),
 )
 """What changes with a key, by the first entry that the key begins with: what pairs still have of it."""

@@ -59,7 +59,9 @@ METRICS = (
     *(f"train/{name}" for name in ("loss", "teacher_entropy", "kl", "grad_norm", "feature_std", "images_per_s")),
     *(f"train/{name}" for name in ("lr", "weight_decay", "teacher_momentum", "teacher_temp", "epoch")),
     *(f"train/{name}" for name in ("feature_rank", "target_std", "loss_below_uniform", "prototype_usage")),
-    *("train/center_norm", "train/loss_scale", "train/data_wait_share", "cost/device_hours"),
+    *(f"train/{name}" for name in ("class_loss", "patch_loss", "koleo", "masked_share", "patch_temp")),
+    *(f"train/patch_{name}" for name in ("teacher_entropy", "kl", "prototype_usage", "loss_below_uniform")),
+    *("train/center_norm", "train/patch_center_norm", "train/loss_scale", "train/data_wait_share", "cost/device_hours"),
 )
 """What a run logs, and so what trials can be compared by."""
 

@@ -18,6 +18,7 @@ from dino_core.config import (
     TeacherConfig,
 )
 from orchestrator.config import ClusterConfig, DataConfig, RunConfig
+from sweeps._patch_recipes import PATCH_RECIPES
 
 
 def quickstart() -> RunConfig:
@@ -240,5 +241,8 @@ def dino_resnet50() -> RunConfig:
     )
 
 
-RECIPES = {recipe.__name__: recipe for recipe in (quickstart, cifar10_tiny, cifar10_simclr, dino_vits16, dino_resnet50)}
+RECIPES = {
+    recipe.__name__: recipe
+    for recipe in (quickstart, cifar10_tiny, cifar10_simclr, dino_vits16, dino_resnet50, *PATCH_RECIPES)
+}
 """Every recipe that the command line knows."""

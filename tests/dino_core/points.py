@@ -38,6 +38,9 @@ def changed(config: PretrainConfig, **parts: dict[str, Any]) -> PretrainConfig:
 def _points() -> dict[str, PretrainConfig]:
     points = {name: with_method(BASE, name) for name in METHODS}
     points["moco_v2"] = changed(points["moco_v2"], loss={"queue_size": 40})
+    for name in ("ibot", "dinov2"):
+        points[name] = changed(points[name], model={"patch_size": 4})
+    patches = changed(points["ibot"], ibot={"temp": None, "warmup_temp": None})
     embeddings: dict[str, Any] = {"num_prototypes": None, "batch_norm": True}
     return points | {
         "student copy": changed(BASE, teacher={"update": "student_copy", "centering": "softmax"}),
@@ -52,6 +55,40 @@ def _points() -> dict[str, PretrainConfig]:
             BASE, loss={"name": "info_nce"}, teacher={"centering": "none"}, head=embeddings, student={"temp": 0.2}
         ),
         "simclr, local crops": changed(points["simclr"], crops={"num_local_crops": 2}),
+        "patches alone": changed(patches, loss={"weight": 0.0}, crops={"num_local_crops": 0}),
+        "patches alone, sinkhorn": changed(
+            patches,
+            loss={"weight": 0.0},
+            crops={"num_local_crops": 0},
+            ibot={"centering": "sinkhorn_knopp", "divisor": "masked_patches"},
+        ),
+        "patches, full view, random masks": changed(
+            patches,
+            ibot={"class_view": "full", "divisor": "masked_crops", "center_over": "masked", "weight": 0.5},
+            mask={"shape": "random", "sampler": "dinov2"},
+            loss={"weight": 2.0},
+        ),
+        "patches, own head, batch norm": changed(
+            patches,
+            head={"batch_norm": True},
+            ibot={"head": "untied", "num_prototypes": 20, "bottleneck_dim": 6, "center_over": "masked", "temp": 0.06},
+            mask={"prob": 1.0, "ratio": (0.3, 0.3), "shape": "random"},
+        ),
+        "koleo in groups, first crop": changed(
+            BASE, loss={"koleo_weight": 0.1, "koleo_group_size": 2, "koleo_crops": "first"}
+        ),
+        "koleo in groups of several ranks": changed(BASE, loss={"koleo_weight": 0.1, "koleo_group_size": 8}),
+        "swiglu, layer scale, uniform depth": changed(
+            points["dinov2"],
+            model={
+                "swiglu": True,
+                "layer_scale": 1e-1,
+                "drop_path_schedule": "uniform",
+                "drop_path": 0.4,
+                "num_register_tokens": 2,
+            },
+            loss={"koleo_group_size": 2},
+        ),
         "relu, batch norm, no bottleneck norm": changed(
             BASE,
             head={"batch_norm": True, "bottleneck_norm": False, "activation": "relu"},

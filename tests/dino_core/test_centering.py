@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dino_core.centering import center_teacher, sinkhorn_knopp, update_center_
+from dino_core.centering import center_teacher, sinkhorn_knopp, update_center_, update_center_by_sum_
 from dino_core.config import PretrainConfig
 from dino_core.objectives import Objective
 
@@ -61,6 +61,21 @@ def test_sinkhorn_knopp_is_finite_at_any_temperature(temp):
     assert targets.isfinite().all()
     torch.testing.assert_close(targets.sum(dim=1), torch.ones(6))
     assert torch.equal(logits, sines((6, 8), 0.5, scale=50))
+
+
+def test_a_rank_may_have_no_row():
+    assert sinkhorn_knopp(torch.zeros(0, 8), 0.1, may_be_empty=True).shape == (0, 8)
+
+
+def test_the_centre_by_sums_is_that_by_rows_and_stays_without_any():
+    rows = sines((5, 8), 0.3)
+    by_rows, by_sum = sines((8,), 1.0), sines((8,), 1.0)
+    update_center_(by_rows, rows, 0.8)
+    update_center_by_sum_(by_sum, rows.sum(dim=0), torch.tensor(5.0), 0.8)
+    torch.testing.assert_close(by_sum, by_rows)
+    before = by_sum.clone()
+    update_center_by_sum_(by_sum, torch.zeros(8), torch.tensor(0.0), 0.8)
+    assert torch.equal(by_sum, before)
 
 
 @pytest.mark.parametrize(

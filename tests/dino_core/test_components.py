@@ -155,6 +155,10 @@ def test_accumulation_gives_the_large_batch(config: PretrainConfig) -> None:
         with pytest.raises(ConfigError, match="accumulate_steps > 1; the gradient through the negatives"):
             dataclasses.replace(config, accumulate_steps=4)
         return
+    if config.loss.koleo_weight and config.loss.koleo_group_size != 2:
+        with pytest.raises(ConfigError, match="the gradient through the neighbours needs them at once"):
+            dataclasses.replace(config, accumulate_steps=4)
+        return
     accumulating = dataclasses.replace(config, accumulate_steps=4)
     whole, parts = (TrainState.create(c, NUM_SAMPLES) for c in (config, accumulating))
     if any(isinstance(module, _BatchNorm) for module in whole.student.modules()):
@@ -305,6 +309,18 @@ def test_an_unknown_method_names_the_nearest() -> None:
             {"loss": {"name": "mse"}, "teacher": {"stop_gradient": False, "update": "student_copy"}},
             "without negatives both sides would agree on a constant",
         ),
+        ({"ibot": {"weight": 1.0}, "loss": {"name": "mse"}}, "patches are compared by cross_entropy"),
+        ({"ibot": {"weight": 1.0}, "predictor": {"num_layers": 2}}, "which patches do not have"),
+        (
+            {"ibot": {"weight": 1.0, "num_prototypes": 8}},
+            "ibot.num_prototypes = 8: must be none with pretrain.ibot.head",
+        ),
+        ({"ibot": {"weight": 1.0}, "mask": {"prob": 0.05}}, "masks none of the 16 global crops"),
+        ({"loss": {"weight": 0.0}}, "or there is nothing to learn"),
+        ({"loss": {"weight": 0.0}, "ibot": {"weight": 1.0}}, "crops.num_local_crops = 2: must be 0"),
+        ({"loss": {"weight": 0.0}, "ibot": {"weight": 1.0, "head": "untied"}}, "ibot.head = untied: must be shared"),
+        ({"loss": {"koleo_weight": 0.1, "koleo_group_size": 3}}, "must divide pretrain.batch_size = 8"),
+        ({"mask": {"ratio": (0.5, 0.1)}}, "the first value must not exceed the second"),
         (
             {"head": {"batch_norm": True}, "teacher": {"mode": "eval"}},
             "the running statistics that it reads never move",
@@ -322,6 +338,45 @@ def test_nonsense_is_refused_with_the_reason(parts: dict[str, Any], reason: str)
     with pytest.raises(ConfigError) as error:
         changed(BASE, **parts)
     assert reason in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["ibot", "dinov2"])
+def test_a_method_is_not_applied_over_masked_patches(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"is a change of DINO, .* with pretrain\.ibot\.weight = 1"):
+        with_method(POINTS[name], "byol")
+
+
+def test_no_value_of_all_patches_and_prototypes_is_made() -> None:
+    """The student's head sees class tokens and masked patches; the teacher's centre is made without all outputs."""
+    config = changed(POINTS["ibot"], mask={"shape": "random", "ratio": (0.1, 0.2)})
+    state = TrainState.create(config, NUM_SAMPLES)
+    rows: list[int] = []
+    for network in (state.student, state.teacher):
+        network.head.last_layer.register_forward_hook(lambda _, inputs, output: rows.append(output.shape[0]))
+    metrics = train_step(state, share(config, 0))
+    num_masked = round(metrics["train/masked_share"].item() * 16 * 16)
+    assert 0 < num_masked < 16 * 16 / 4
+    assert rows == [16 + num_masked, 1, 32 + num_masked]  # teacher, the mean of all patches, student
+
+
+def test_the_two_readings_of_the_class_view_and_the_divisor_differ() -> None:
+    losses = {}
+    for view in ("masked", "full"):
+        for divisor in ("crops", "masked_crops"):
+            config = changed(
+                POINTS["ibot"],
+                ibot={"class_view": view, "divisor": divisor},
+                mask={"sampler": "dinov2"},
+                model={"drop_path": 0.0},
+            )
+            state = TrainState.create(config, NUM_SAMPLES)
+            with torch.no_grad():
+                state.student.backbone.mask_token.fill_(2.0)
+            metrics = train_step(state, share(config, 0))
+            losses[view, divisor] = (metrics["train/class_loss"].item(), metrics["train/patch_loss"].item())
+    assert losses["masked", "crops"][0] == losses["masked", "masked_crops"][0] != losses["full", "crops"][0]
+    assert losses["masked", "crops"][1] == pytest.approx(losses["full", "crops"][1])
+    assert losses["masked", "masked_crops"][1] > 1.5 * losses["masked", "crops"][1]  # up to half have a mask
 
 
 def test_one_image_has_no_negatives() -> None:

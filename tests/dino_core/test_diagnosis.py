@@ -18,6 +18,7 @@ import pytest
 from dino_core.causes import likely_cause
 from dino_core.config import (
     HeadConfig,
+    IBOTConfig,
     LossConfig,
     OptimConfig,
     PredictorConfig,
@@ -229,6 +230,25 @@ def test_the_papers_own_methods_are_told_apart() -> None:
     byol = change(mse, predictor=PredictorConfig(num_layers=2, batch_norm=False), head__batch_norm=False)
     assert likely_cause("uniform collapse", byol).startswith("mean squared error without batch norm")
     assert likely_cause("healthy", DIGITS) == ""
+
+
+def test_patches_are_judged_as_class_tokens_are() -> None:
+    both = change(DIGITS, ibot=IBOTConfig(weight=1.0, head="untied", num_prototypes=64))
+    well = {"teacher_entropy": 0.6 * LN_K, "kl": 0.5, "prototype_usage": 120.0, "class_loss": 0.6 * LN_K + 0.5}
+    patches = {"patch_teacher_entropy": 2.0, "patch_kl": 0.5, "patch_prototype_usage": 40.0}
+    below = {"patch_loss_below_uniform": math.log(64) - 2.5}
+    # the sum of both losses is above ln K without anything being wrong
+    fine = diagnose(constant(loss=9.0, **well, **patches, **below), both)
+    assert fine.verdict == "healthy"
+    assert "patches: 40 of 64 prototypes in use" in fine.evidence
+    collapsed = {"patch_teacher_entropy": 0.999 * math.log(64), "patch_kl": 0.0, "patch_prototype_usage": 64.0}
+    found = diagnose(constant(loss=9.0, **well, **collapsed, patch_loss_below_uniform=0.001), both)
+    assert (found.verdict, found.step) == ("uniform collapse", 0)
+    assert found.evidence[0] == "patches: teacher entropy 0.999 of ln K"
+    alone = change(both, crops__num_local_crops=0, ibot=IBOTConfig(weight=1.0), loss__weight=0.0)
+    one_hot = {"patch_teacher_entropy": 0.01, "patch_kl": 0.0, "patch_prototype_usage": 1.0}
+    assert diagnose(constant(loss=0.01, **one_hot, patch_loss_below_uniform=LN_K), alone).verdict == "one-hot collapse"
+    assert diagnose(constant(loss=3.0), alone).verdict == "unknown"
 
 
 def test_needs_no_torch() -> None:

@@ -7,17 +7,20 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from dino_core.centering import sinkhorn_knopp, update_center_
-from dino_core.config import ConfigError, CropsConfig, HeadConfig, ModelConfig, OptimConfig, PretrainConfig
+from dino_core.centering import sinkhorn_knopp, update_center_, update_center_by_sum_
+from dino_core.config import ConfigError, CropsConfig, HeadConfig, LossConfig, ModelConfig, OptimConfig, PretrainConfig
 from dino_core.crops import CropBatch
 from dino_core.diagnostics import feature_rank, feature_std, prototype_usage, target_std
-from dino_core.distributed import all_gather_rows, all_reduce_mean_, rank, world_size
+from dino_core.distributed import all_gather_rows, all_reduce_mean_, all_reduce_sum_, rank, world_size
+from dino_core.masking import Masks
+from dino_core.objectives import Objective
 from dino_core.train import NonFiniteLossError, TrainState, train_step
 
 STEPS, NUM_SAMPLES = 4, 12
@@ -71,6 +74,39 @@ def run() -> dict[str, Any]:
     }
 
 
+def of_patches() -> dict[str, Any]:
+    """What depends on masked patches, of which the ranks have different numbers; the last has none in one case."""
+    found: dict[str, Any] = {}
+    logits = torch.randn(8, 5, generator=torch.Generator().manual_seed(0))
+    for name, first in (("uneven", 3), ("one rank empty", 8)):
+        own = logits if world_size() == 1 else (logits[:first], logits[first:])[rank()]
+        probs = torch.zeros(8, 5)
+        start = 0 if rank() == 0 else first
+        probs[start : start + len(own)] = sinkhorn_knopp(own, 0.01, may_be_empty=True)
+        center = torch.ones(5)
+        update_center_by_sum_(center, own.sum(dim=0), torch.tensor(float(len(own))), 0.9)
+        found[name] = {"sinkhorn_knopp": all_reduce_sum_(probs), "center": center}
+    masks = np.random.default_rng(0).random((2, 6, 9)) < 0.3
+    masks[:, 4:] = False
+    share = 6 // world_size()
+    values = masks[:, rank() * share : (rank() + 1) * share]
+    for divisor in ("crops", "masked_crops", "masked_patches"):
+        weights = torch.zeros(masks.shape)
+        mine = weights[:, rank() * share : (rank() + 1) * share]
+        mine[torch.from_numpy(values)] = Masks(values, divisor).weights(torch.device("cpu"))
+        found[divisor] = all_reduce_mean_(weights)
+    features = torch.randn(2, 12, 7, generator=torch.Generator().manual_seed(1))
+    share = 12 // world_size()
+    for size in (None, 4, 3, 12):
+        config = dataclasses.replace(CONFIG, batch_size=12, loss=LossConfig(koleo_weight=1.0, koleo_group_size=size))
+        whole = features.clone().requires_grad_()
+        own = whole[:, rank() * share : (rank() + 1) * share].flatten(0, 1)
+        loss = Objective(24, config).koleo(own, share)
+        (gradient,) = torch.autograd.grad(loss, whole)
+        found[f"koleo, {size}"] = {"loss": all_reduce_mean_(loss.detach()), "gradient": all_reduce_mean_(gradient)}
+    return found
+
+
 def run_with_batch_norm() -> dict[str, Any]:
     """Losses, and the teacher with its running statistics, of a convnet with batch norm everywhere."""
     config = dataclasses.replace(
@@ -113,6 +149,7 @@ def one_rank(index: int, folder: str) -> None:
     warnings.simplefilter("error")
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=index, world_size=2)
     result = {"run": run(), "batch_norm": run_with_batch_norm(), "nan": stop_on_nan(), "messages": messages()}
+    result["patches"] = of_patches()
     torch.save(result, f"{folder}/{index}.pt")
     dist.destroy_process_group()
 
@@ -169,6 +206,16 @@ def test_teachers_and_centres_stay_the_same_on_all_ranks(ranks, alone):
 def test_collectives_see_the_global_batch(ranks, alone, name):
     for result in ranks:
         torch.testing.assert_close(result["run"]["of_logits"][name], alone["of_logits"][name])
+
+
+def test_masked_patches_and_neighbours_are_those_of_the_global_batch(ranks):
+    """Whatever each rank has of them: targets, centres, weights by each divisor, KoLeo with its gradient."""
+    alone = of_patches()
+    assert alone["uneven"]["sinkhorn_knopp"].isfinite().all()
+    for result in ranks:
+        assert result["patches"].keys() == alone.keys()
+        for name, values in alone.items():
+            torch.testing.assert_close(result["patches"][name], values, rtol=1e-5, atol=1e-6, msg=name)
 
 
 def test_one_bad_rank_stops_all(ranks):

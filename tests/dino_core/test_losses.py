@@ -11,7 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dino_core.losses import dino_loss, info_nce_loss, koleo_loss, mse_loss
+from dino_core.losses import (
+    dino_loss,
+    ibot_patch_loss,
+    info_nce_loss,
+    koleo_loss,
+    koleo_loss_in_groups,
+    mse_loss,
+)
 
 
 def sines(shape: Sequence[int], shift: float, scale: float = 2.0) -> Tensor:
@@ -134,6 +141,53 @@ def test_koleo_ignores_lengths_and_pushes_neighbours_apart():
 def test_koleo_needs_neighbours(shape):
     with pytest.raises(ValueError, match=r"must be \[B, D\] with B >= 2"):
         koleo_loss(torch.ones(shape))
+
+
+def test_koleo_in_groups_is_the_sum_over_crops_of_the_mean_over_groups():
+    features = sines((2, 12, 8), 0.2)
+    expected = sum(koleo_loss(group) for crop in features for group in crop.split(6)) / 2
+    torch.testing.assert_close(koleo_loss_in_groups(features, 6), expected)
+    assert koleo_loss_in_groups(features, 12).item() == pytest.approx(sum(koleo_loss(crop).item() for crop in features))
+    with pytest.raises(ValueError, match="B a multiple of 5"):
+        koleo_loss_in_groups(features, 5)
+
+
+def test_patches_that_tell_nothing_have_the_masked_share_of_ln_k():
+    """The official divisor counts crops without a mask: mask_prob x ln 8 = 1.03972."""
+    counts = [3, 1, 0, 0]
+    weights = torch.cat([torch.full((count,), 1 / (count * len(counts))) for count in counts if count])
+    loss = ibot_patch_loss(torch.zeros(4, 8), torch.full((4, 8), 1 / 8), weights, 0.1)
+    assert loss.item() == pytest.approx(1.03972, abs=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_loss_of_patches_and_its_gradient_are_those_of_the_definition(dtype):
+    student = sines((7, 9), 0.4).to(dtype).requires_grad_()
+    probs = torch.softmax(sines((7, 9), 1.1).to(dtype) / 0.3, dim=-1)
+    weights = torch.arange(1.0, 8.0, dtype=dtype)
+    expected = (weights * -(probs * torch.log_softmax(student / 0.2, dim=-1)).sum(dim=-1)).sum()
+    (expected_gradient,) = torch.autograd.grad(expected, student)
+    loss = ibot_patch_loss(student, probs, weights, 0.2)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(torch.autograd.grad(loss, student)[0], expected_gradient)
+
+
+def test_no_masked_patch_has_no_loss_and_a_gradient_of_zero():
+    head = torch.nn.Linear(4, 9)
+    loss = ibot_patch_loss(head(torch.zeros(0, 4)), torch.zeros(0, 9), torch.zeros(0), 0.1)
+    loss.backward()
+    assert loss.item() == 0
+    assert head.weight.grad is not None
+    assert not head.weight.grad.any()
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "weights", "temp"),
+    [((3, 4), (3, 5), 3, 0.1), ((3, 4), (3, 4), 2, 0.1), ((3, 4), (3, 4), 3, 0)],
+)
+def test_patches_that_do_not_match_are_refused(student, teacher, weights, temp):
+    with pytest.raises(ValueError, match="must be"):
+        ibot_patch_loss(torch.zeros(student), torch.zeros(teacher), torch.zeros(weights), temp)
 
 
 def test_gradients_in_half_precision_are_scaled_before_they_are_rounded():

@@ -102,6 +102,9 @@ def real_step(changes: dict[str, Any]) -> float:
     return counter.get_total_flops() / num
 
 
+_GROUPS = {"pretrain.loss.koleo_group_size": 4}
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -111,8 +114,10 @@ def real_step(changes: dict[str, Any]) -> float:
         {"pretrain.accumulate_steps": 2},
         METHODS["simclr"],
         METHODS["byol"],
+        METHODS["ibot"],
+        {**METHODS["dinov2"], "pretrain.ibot.class_view": "full", "pretrain.accumulate_steps": 2, **_GROUPS},
     ],
-    ids=["ViT", "ResNet", "computed again", "in parts", "two-sided", "predictor"],
+    ids=["ViT", "ResNet", "computed again", "in parts", "two-sided", "predictor", "patches", "patches, own head"],
 )
 def test_the_count_is_that_of_a_real_step(changes: dict[str, Any]) -> None:
     named = {key if "." in key else f"pretrain.model.{key}": value for key, value in changes.items()}
@@ -150,11 +155,12 @@ def test_what_changes_the_cost_of_a_step_is_in_its_key() -> None:
         "pretrain.model.depth": 3,
         "pretrain.precision": "bf16",
         "cluster.num_workers": 2,
+        "pretrain.ibot.weight": 1.0,
     }.items():
         assert cost_key(override(base, {key: value})) != cost_key(base), key
 
 
-@pytest.mark.parametrize("method", ["dino", "byol"])
+@pytest.mark.parametrize("method", ["dino", "byol", "dinov2"])
 def test_weights_are_what_an_update_leaves_in_memory(method: str) -> None:
     config = override(quickstart(), METHODS[method])
     student = build_student(config.pretrain)
@@ -189,7 +195,7 @@ def test_activations_are_those_of_a_real_forward_pass() -> None:
     groups = [torch.randn(8 * n, 3, s, s) for n, s in ((2, crops.global_size), (2, crops.local_size))]
     student.begin_pass(0, 0, num_images=8, share=8)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        logits, _ = student(groups)
+        logits = student(groups).crops
     real, counted = sum(saved.values()), measure(config).activations
     assert logits.shape == (32, pretrain.head.num_prototypes)
     # fused attention, which a CPU has and torch's meta device has not, keeps less

@@ -94,7 +94,8 @@ def values_of(key: Key) -> st.SearchStrategy[Any]:
 def configs(draw: st.DrawFn) -> RunConfig:
     keys = draw(st.lists(st.sampled_from(list(config_keys())), unique=True, max_size=12))
     changes = {key: draw(values_of(config_keys()[key]), label=key) for key in keys}
-    changes |= {key: tuple(sorted(changes[key])) for key in keys if key.endswith(("_scale", "blur_sigma"))}
+    ranges = [key for key in keys if key.endswith(("_scale", "blur_sigma", "mask.ratio"))]
+    changes |= {key: tuple(sorted(changes[key])) for key in ranges if isinstance(changes[key], tuple)}
     try:
         return override(draw(st.sampled_from([BASE, *(make() for make in RECIPES.values())])), changes)
     except ConfigError:

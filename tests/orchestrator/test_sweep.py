@@ -253,8 +253,8 @@ def test_all_problems_of_all_rows_are_reported_with_their_names() -> None:
     }
     assert problems(Sweep(base="quickstart", rows=wrong, seeds=2)) == [
         "sweep.rows.a b: must be called by 1 to 40 letters, digits, '.', '_' or '-', and open with no mark",
-        "sweep.rows.byoll: unknown method 'byoll'; did you mean byol?; must be one of dino, byol, simsiam, simclr, "
-        "moco_v2, swav",
+        "sweep.rows.byoll: unknown method 'byoll'; did you mean byol?; must be one of dino, ibot, dinov2, "
+        "byol, simsiam, simclr, moco_v2, swav",
         f"sweep.rows.key: {TEMP} = 0: must be a number > 0",
         "sweep.rows.key: pretrain.teacher.tmp: unknown key; did you mean pretrain.teacher.temp?",
         "sweep.rows.key: cluster.num_workers: is the same for all trials of a sweep and cannot be set by a row",

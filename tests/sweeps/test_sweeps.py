@@ -7,6 +7,7 @@ that a slip in a sweep file shows.
 from __future__ import annotations
 
 import dataclasses
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -48,7 +49,7 @@ def test_the_sweeps_that_are_promised() -> None:
         *("prototypes", "head", "head_depth", "crop_scale", "center_momentum", "temperature", "batch_size", "backbone"),
         *("attention_heads", "epochs", "collapse", "momentum", "quickstart", "student_temperature"),
         *("temperature_warmup", "momentum_schedule", "crop_sizes", "lr_weight_decay", "lr_search", "screening"),
-        "population",
+        *("dinov2_components", "dinov2_components_digits", "population"),
     }
 
 
@@ -57,7 +58,8 @@ def test_a_sweep_says_what_it_is_what_the_paper_did_and_how_to_run_it(name: str)
     text = sweep_module(name).__doc__ or ""
     assert f"    python -m orchestrator sweep {name}" in text
     assert 40 < len(summary(sweep_module(name))) <= 115
-    assert not load_sweep(name).rows or all(part in text for part in ("Paper: arXiv 2104.14294", "Cost there: "))
+    paper = "2304.07193" if name.startswith("dinov2") else "2104.14294"
+    assert not load_sweep(name).rows or all(part in text for part in (f"Paper: arXiv {paper}", "Cost there: "))
     assert "dino_vits16" in text or load_sweep(name).base != "quickstart" or name == "quickstart"
 
 
@@ -65,7 +67,7 @@ def test_a_sweep_says_what_it_is_what_the_paper_did_and_how_to_run_it(name: str)
 def test_rows_say_at_what_scale_the_paper_measured(name: str) -> None:
     sweep = load_sweep(name)
     assert "ImageNet-1k" in sweep.paper_setting
-    assert "arXiv 2104.14294" in sweep.paper_setting
+    assert ("arXiv 2304.07193" if name.startswith("dinov2") else "arXiv 2104.14294") in sweep.paper_setting
 
 
 @pytest.mark.parametrize("base", ["quickstart", "cifar10_tiny", "dino_vits16"])
@@ -74,6 +76,8 @@ def test_every_sweep_expands_on_every_recipe_of_a_vit(name: str, base: str) -> N
     sweep = load_sweep(name)
     if name == "attention_heads" and base == "quickstart":
         pytest.skip("6 heads do not divide a width of 64")
+    if name == "dinov2_components" and base != "dino_vits16":
+        pytest.skip("patches of 14 pixels do not divide the crops; dinov2_components_digits is for them")
     found = list(trials(name, base).values())
     plain = flatten(load_recipe(base))
     configs = [flatten(trial.config) for trial in found]
@@ -245,6 +249,38 @@ def test_cost_table() -> None:
 )  # fmt: skip
 def test_tables_of_one_setting(name: str, key: str, numbers: dict[Any, float]) -> None:
     assert by_key(name, f"pretrain.{key}") == numbers
+
+
+# DINOv2, table 1: k-NN and linear, from iBOT down
+TABLE_1 = """
+ibot 72.9 82.3
+reproduction 74.5 83.2
+layer_scale_depth 75.4 82.0
+prototypes 76.6 81.9
+koleo 78.9 82.5
+swiglu 78.7 83.1
+patch_size 78.9 83.5
+teacher_momentum 79.4 83.6
+warm_ups 80.5 83.8
+batch_size 81.7 84.7
+sinkhorn_knopp 81.7 84.7
+untied_heads 82.0 84.5
+"""
+
+
+@pytest.mark.parametrize("name", ["dinov2_components", "dinov2_components_digits"])
+def test_rows_of_dinov2_add_up(name: str) -> None:
+    printed = [line.split() for line in TABLE_1.strip().splitlines()]
+    rows = load_sweep(name).rows
+    assert [[row, *map(str, numbers)] for row, numbers in zip(rows, papers(name, KNN, LINEAR), strict=True)] == printed
+    flat = [flatten(trial.config) for trial in trials(name).values()]
+    own = [{k for k in b if a[k] != b[k]} for a, b in pairwise(flat)]
+    assert all(own), "every row changes something"
+    sets = [set(row.changes) for row in rows.values()]
+    assert all(above < below for above, below in pairwise(sets)), "and keeps what the others did"
+    last = trials(name)["untied_heads"].config.pretrain
+    assert (last.ibot.head, last.teacher.centering, last.loss.koleo_weight) == ("untied", "sinkhorn_knopp", 0.1)
+    assert last.model.swiglu
 
 
 def test_head_tables() -> None:
