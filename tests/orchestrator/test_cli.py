@@ -83,7 +83,7 @@ BAD_INPUT = [
     (["sweep", "nowhere.yaml"], "error: nowhere.yaml: cannot be read: No such file or directory"),
     (["sweep", "nowhere.py"], "error: nowhere.py: cannot be read: No such file or directory"),
     (["sweep", "cifar10_tiny"], "error: cifar10_tiny: varies nothing; give --vary"),
-    ([*SQ, "--base", "dino_vit"], "error: unknown recipe 'dino_vit'; did you mean dino_vits16?"),
+    ([*SQ, "--base", "dino_vit"], "error: unknown recipe 'dino_vit'; did you mean dino_vits16 or "),
     ([*SQ, "--seeds", "0"], "Invalid value for '--seeds'"),
     ([*SQ, "--seeds", "2", "sweep.seeds=3"], "error: sweep.seeds: given twice"),
     (
@@ -433,7 +433,7 @@ def test_a_thousand_trials_are_told_in_few_lines(capsys: pytest.CaptureFixture[s
 @pytest.mark.parametrize(
     ("words", "start", "expected"),
     [
-        (["pretrain"], "di", ["dino_vits16", "dino_resnet50"]),
+        (["pretrain"], "dino_", ["dino_vits16", "dino_resnet50"]),
         (["pretrain", "quickstart"], "pretrain.stu", ["pretrain.student.temp="]),
         (["sweep"], "cr", ["crop_scale", "crop_sizes", "crops"]),
         (["sweep"], "cifar10_t", ["cifar10_tiny"]),

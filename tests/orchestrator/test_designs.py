@@ -309,14 +309,16 @@ def test_the_files_on_the_page_are_sweeps(tmp_path: Path) -> None:
         path = tmp_path / f"sweep_{number}.yaml"
         path.write_text(block)
         defined = load_sweep(str(path))
-        found[defined.design, bool(defined.conditions), bool(defined.rows)] = len(expand(defined))
+        shape = bool(defined.conditions), bool(defined.rows), defined.scheduler
+        found[defined.design, *shape] = len(expand(defined))
     assert found == {
-        ("grid", False, True): 4,
-        ("qmc", False, False): 16,
-        ("one_at_a_time", False, False): 5,
-        ("fractional_factorial", False, False): 8,
-        ("grid", True, False): 5,
-        ("optuna", False, False): 8,
+        ("grid", False, True, "none"): 4,
+        ("qmc", False, False, "none"): 16,
+        ("one_at_a_time", False, False, "none"): 5,
+        ("fractional_factorial", False, False, "none"): 8,
+        ("grid", True, False, "none"): 5,
+        ("optuna", False, False, "none"): 8,
+        ("qmc", False, False, "pbt"): 6,
     }
 
 

@@ -118,10 +118,14 @@ def test_ctrl_c_leaves_no_process_and_killed_runs(interrupted: Interrupted) -> N
 
 def test_resuming_finishes_without_repeating(interrupted: Interrupted) -> None:
     assert interrupted.resumed_exit_code == 0, interrupted.resumed_log
-    starts = Counter(r["run"] for _, r in read_lines(interrupted.sweep / "ledger.jsonl") if r["event"] == "started")
+    entries = [entry for _, entry in read_lines(interrupted.sweep / "ledger.jsonl")]
+    starts = Counter(entry["run"] for entry in entries if entry["event"] == "started")
     ends = {run: state.event for run, state in read_states(interrupted.sweep).items()}
     assert set(ends.values()) == {"finished"}
-    assert starts[f"{interrupted.sweep.name}.temp_0.04-momentum_0.99-s0"] == 1, "it was finished before"
+    ctrl_c = next(i for i, entry in enumerate(entries) if entry["event"] == "interrupted")
+    before = [entry["run"] for entry in entries[:ctrl_c] if entry["event"] == "finished"]
+    assert before, "the second pair began when one of the first had ended"
+    assert [starts[run] for run in before] == [1] * len(before), "it was finished before"
     assert statuses(interrupted.folder) == {"FINISHED": 5}
     for trial in (interrupted.sweep / "trials").iterdir():
         steps = [step for step, _ in read_curves(trial)["train/loss"]]

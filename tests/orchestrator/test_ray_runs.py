@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -262,6 +264,17 @@ def last_step(run_dir: Path) -> int:
     return max((record["step"] for _, record in read_lines(run_dir / "metrics.jsonl")), default=-1)
 
 
+def num_tracked(database: Path) -> int:
+    """Runs in MLflow's store, which is not there at first. Asked without MLflow, which would create it too."""
+    if not database.exists():
+        return 0
+    with closing(sqlite3.connect(database, timeout=30)) as connection:
+        try:
+            return int(connection.execute("SELECT count(*) FROM runs").fetchone()[0])
+        except sqlite3.OperationalError:  # its tables are being made
+            return 0
+
+
 class TestJobs:
     """`ray job submit`, as in the README, from the root of the project."""
 
@@ -311,7 +324,7 @@ class TestJobs:
             process = subprocess.Popen(command, cwd=self.root, stdout=log, stderr=log)
         try:
             deadline = time.monotonic() + 200
-            while "loss" not in (tmp_path / "job.log").read_text():
+            while "loss" not in (tmp_path / "job.log").read_text() or num_tracked(tmp_path / "mlflow.db") < 2:
                 assert time.monotonic() < deadline and process.poll() is None, (tmp_path / "job.log").read_text()
                 time.sleep(1)
             stop = [command[0], "job", "stop", "--address", ray_head.dashboard, tmp_path.name]
