@@ -48,7 +48,7 @@ class _Passes:
         self.running = False
         self._bookmarking: torch.autograd.graph.saved_tensors_hooks | None = None
 
-    def enter(self, backbone: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def enter(self, backbone: nn.Module, inputs: tuple[Any, ...]) -> None:
         for module in backbone.modules():  # at every pass: batch norms may have been replaced by global ones
             if isinstance(module, _BatchNorm) and module.__dict__.get(_GUARD) is not self:
                 module.__dict__[_GUARD] = self
@@ -58,7 +58,8 @@ class _Passes:
         self.running = True
         masks = depth_masks(backbone)
         # nothing is computed on the meta device, and whoever counts there what autograd saves has hooks of his own
-        if masks is None or not backbone.training or not torch.is_grad_enabled() or inputs[0].is_meta:
+        first: Tensor = inputs[0] if isinstance(inputs[0], Tensor) else inputs[0][0]  # of several groups, packed
+        if masks is None or not backbone.training or not torch.is_grad_enabled() or first.is_meta:
             return
 
         # A block's inputs are saved when it is entered, and fetched right before it is computed again.
@@ -72,7 +73,7 @@ class _Passes:
         self._bookmarking = torch.autograd.graph.saved_tensors_hooks(save, fetch)
         self._bookmarking.__enter__()
 
-    def leave(self, backbone: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
+    def leave(self, backbone: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         self.running = False
         if self._bookmarking is not None:
             self._bookmarking.__exit__()

@@ -54,6 +54,16 @@ class ModelConfig(CheckedConfig):
     """Stochastic depth rate of the last block; student only (--drop_path_rate | student.drop_path_rate)."""
     drop_path_schedule: Literal["linear", "uniform"] = "linear"
     """Over the blocks the rate rises from 0, or is the same in all of them (- | student.drop_path_uniform)."""
+    drop_path_mode: Literal["mask", "sub_batch"] = "mask"
+    """Each branch is computed for all crops and dropped for some, or, in blocks with a rate above 0.1, computed only
+    for an exact number of them: faster and in less memory by that rate (- | always sub_batch)."""
+    drop_path_group_size: int | None = number(None, ge=1)
+    """sub_batch: that number is exact in each group of this many images that follow each other in the global batch, and
+    must divide the images of a worker's pass; DINOv2's code takes those of one GPU. None: the global batch, by one
+    worker in one pass (- | -)."""
+    packing: bool = False
+    """Run global and local crops through a ViT in one pass of their tokens instead of one per size; same numbers to
+    rounding (- | always)."""
     activation_checkpointing: bool = False
     """Recompute the student's blocks in the backward pass instead of keeping their activations: less memory, about a
     third more time, the same numbers (- | train.activation_checkpointing)."""
@@ -62,9 +72,19 @@ class ModelConfig(CheckedConfig):
     digits (- | train.compile)."""
 
     def _problems(self) -> list[str]:
+        problems = []
         if self.embed_dim and self.num_heads and self.embed_dim % self.num_heads:
-            return [f"embed_dim = {self.embed_dim}: must be a multiple of num_heads = {self.num_heads}"]
-        return []
+            problems.append(f"embed_dim = {self.embed_dim}: must be a multiple of num_heads = {self.num_heads}")
+        if self.drop_path_mode == "sub_batch" and self.drop_path <= 0.1:
+            problems.append(
+                f"drop_path_mode = sub_batch: must be mask with drop_path = {self.drop_path:g}; it begins above 0.1"
+            )
+        if self.drop_path_group_size is not None and self.drop_path_mode != "sub_batch":
+            problems.append(
+                f"drop_path_group_size = {self.drop_path_group_size}: must be none with drop_path_mode = mask, which "
+                "draws for each crop alone"
+            )
+        return problems
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,6 +42,7 @@ def combination_problems(config: PretrainConfig) -> list[str]:
         problems += _koleo_problems(config)
     if not teacher.stop_gradient:
         problems += _two_sided_problems(config)
+    problems += depth_group_problems(config, 1)
     if teacher.mode == "eval" and not teacher.ema_buffers and _has_batch_norm_in_heads(config):
         problems.append(
             "teacher.mode = eval: needs pretrain.teacher.ema_buffers = true with batch norm in the head, or the "
@@ -111,6 +112,19 @@ def _koleo_problems(config: PretrainConfig) -> list[str]:
             f"{config.accumulate_steps} parts; the gradient through the neighbours needs them at once"
         )
     return problems
+
+
+def depth_group_problems(config: PretrainConfig, num_workers: int) -> list[str]:
+    """Why the groups of images among which `drop_path_mode = sub_batch` chooses are not whole in each pass."""
+    model, num_parts = config.model, num_workers * config.accumulate_steps
+    size, part = model.drop_path_group_size, config.batch_size // num_parts
+    if model.drop_path_mode != "sub_batch" or (num_parts == 1 if size is None else part % size == 0):
+        return []
+    workers = f" of {num_workers} workers" * (num_workers > 1)
+    return [
+        f"model.drop_path_group_size = {size}: must divide {part}, the images of each pass{workers}"
+        f" (pretrain.accumulate_steps = {config.accumulate_steps}), with pretrain.model.drop_path_mode = sub_batch"
+    ]
 
 
 def _two_sided_problems(config: PretrainConfig) -> list[str]:

@@ -41,6 +41,15 @@ class MaskedPatches(NamedTuple):
     """int64 [M], the masked ones among the T * b * N patches, ascending."""
 
 
+def put_mask_token(patches: Tensor, mask: Tensor, token: Tensor) -> Tensor:
+    """Embedded patches [n, N, D] or [n, H, W, D] with `token` [1, D] in the place of those that are masked.
+
+    Args:
+        mask: bool [n, N].
+    """
+    return torch.where(mask.view(*patches.shape[:-1], 1), token.to(patches.dtype), patches)
+
+
 @dataclass(frozen=True)
 class Masks:
     """The masks of one rank's share of the global batch."""

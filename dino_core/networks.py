@@ -19,11 +19,14 @@ from dino_core.activation_checkpointing import checkpoint_activations
 from dino_core.backbones import adopt_backbone, build_backbone, check_crop_sizes, num_features
 from dino_core.batch_norm import can_be_synchronised, use_global_batch_norm
 from dino_core.config import ConfigError, HeadConfig, PretrainConfig
+from dino_core.config_problems import depth_group_problems
 from dino_core.distributed import world_size
 from dino_core.heads import DINOHead, Predictor
 from dino_core.masking import MaskedPatches
+from dino_core.packing import pack, tokens_of
 from dino_core.patch_tokens import add_mask_token, adopt_patch_tokens, forward_with_patches, remove_mask_token
-from dino_core.stochastic_depth import depth_masks, remove_stochastic_depth
+from dino_core.stochastic_depth import CropGroup, depth_masks, remove_stochastic_depth
+from dino_core.sub_batch_depth import drop_sub_batches
 
 
 class Outputs(NamedTuple):
@@ -45,6 +48,7 @@ class CropNetwork(nn.Module):
         grid: H, W, patches of a global crop, where patches are masked.
         class_view: see `IBOTConfig`.
         class_outputs: whether class tokens go through the head.
+        packing: one backbone pass over all crops, by a backbone that `pack` has seen to.
     """
 
     def __init__(
@@ -57,6 +61,7 @@ class CropNetwork(nn.Module):
         grid: tuple[int, int] | None = None,
         class_view: Literal["masked", "full"] = "masked",
         class_outputs: bool = True,
+        packing: bool = False,
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -66,6 +71,7 @@ class CropNetwork(nn.Module):
         self.grid = grid
         self.class_view = class_view
         self.class_outputs = class_outputs
+        self.packing = packing
         self._depth_masks = depth_masks(backbone)
         self._part = _Part(seed=0, step=0, num_images=1, first_image=0, share=1)
 
@@ -79,42 +85,63 @@ class CropNetwork(nn.Module):
 
     def features(self, groups: Sequence[Tensor]) -> Tensor:
         """[n_1, 3, H_1, W_1], [n_2, 3, H_2, W_2], ... -> [n_1 + n_2 + ..., D]."""
-        return torch.cat(self._features(groups))
+        return torch.cat(self._look([*enumerate(groups)])[0])
 
-    def _features(self, groups: Sequence[Tensor], first_index: int = 0) -> list[Tensor]:
-        features = []
-        for index, crops in enumerate(groups, start=first_index):
-            self._begin(index, crops)
-            features.append(self.backbone(crops))
-        return features
+    def _look(
+        self, seen: Sequence[tuple[int, Tensor]], masked: MaskedPatches | None = None
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """Features of numbered groups of crops and, if patches of the first one are masked, its patch tokens."""
+        if self.packing and len(seen) > 1:
+            return self._look_at_once(seen, masked)
+        features, tokens = [], None
+        for place, (index, crops) in enumerate(seen):
+            self._begin([(index, crops)])
+            if masked is not None and place == 0:
+                of_crops, tokens = forward_with_patches(self.backbone, crops, masked)
+                features.append(of_crops)
+            else:
+                features.append(self.backbone(crops))
+        return features, tokens
 
-    def _begin(self, index: int, crops: Tensor) -> None:
-        """Draw what stochastic depth drops in a pass over one group of crops."""
+    def _look_at_once(
+        self, seen: Sequence[tuple[int, Tensor]], masked: MaskedPatches | None
+    ) -> tuple[list[Tensor], Tensor | None]:
+        self._begin(seen, packed=True)
+        masks = [None if masked is None or place else masked.mask for place in range(len(seen))]
+        features, tokens = self.backbone([crops for _, crops in seen], masks)
+        if masked is None:
+            return features, None
+        return features, tokens[0][:, tokens[0].shape[1] - masked.mask.shape[1] :]
+
+    def _begin(self, seen: Sequence[tuple[int, Tensor]], *, packed: bool = False) -> None:
+        """Draw what stochastic depth drops in a pass over numbered groups of crops, one of them unless it is packed."""
         part = self._part
         if self._depth_masks is not None and self.training:
-            self._depth_masks.begin(
+            self._depth_masks.begin_pass(
                 part.seed,
                 part.step,
-                index,
-                num_crops=crops.shape[0] // part.num_images,
+                [
+                    CropGroup(index, len(crops) // part.num_images, tokens_of(self.backbone, crops) if packed else None)
+                    for index, crops in seen
+                ],
                 num_images=part.num_images,
-                device=crops.device,
+                device=seen[0][1].device,
                 first_image=part.first_image,
                 share=part.share,
             )
 
     def forward(self, groups: Sequence[Tensor], masked: MaskedPatches | None = None) -> Outputs:
         """The outputs of all crops and, of the first group, those of its `masked` patches, which it does not see."""
+        seen = [*enumerate(groups)]
         if masked is None:
-            features = self.features(groups)
+            features = torch.cat(self._look(seen)[0])
             return Outputs(self.head(features, self.predictor), features)
         full = self.class_view == "full"
-        self._begin(len(groups) if full else 0, groups[0])
-        masked_features, tokens = forward_with_patches(self.backbone, groups[0], masked)
-        if full:
-            features = self.features(groups)
-        else:
-            features = torch.cat([masked_features, *self._features(groups[1:], first_index=1)])
+        if full:  # a pass of its own for the masked crops
+            seen.insert(0, (len(groups), groups[0]))
+        found, tokens = self._look(seen, masked)
+        features = torch.cat(found[1:] if full else found)
+        assert tokens is not None
         outputs, patches = self._project(features, tokens.flatten(0, 1)[masked.rows])
         return Outputs(outputs, features, patches)
 
@@ -124,7 +151,7 @@ class CropNetwork(nn.Module):
         Returns:
             The outputs, and all patch tokens [n, N, D].
         """
-        self._begin(0, crops)
+        self._begin([(0, crops)])
         features, tokens = forward_with_patches(self.backbone, crops)
         outputs, patches = self._project(features, tokens.flatten(0, 1)[masked.rows])
         return Outputs(outputs, features, patches), tokens
@@ -167,7 +194,8 @@ def build_student(config: PretrainConfig, backbone: nn.Module | None = None) -> 
         in_dim = num_features(backbone)
     else:
         backbone, in_dim = _own_backbone(backbone, config)
-    settings, ibot = config.head, config.ibot
+    _change_passes(backbone, config, name)
+    settings, ibot, packing = config.head, config.ibot, config.model.packing
     head = _head(in_dim, settings)
     predictor = None
     if config.predictor.num_layers:
@@ -179,7 +207,7 @@ def build_student(config: PretrainConfig, backbone: nn.Module | None = None) -> 
             activation=settings.activation,
         )
     if not ibot.weight:
-        return CropNetwork(backbone, head, predictor)
+        return CropNetwork(backbone, head, predictor, packing=packing)
     grid = adopt_patch_tokens(backbone, name, crops.global_size)
     add_mask_token(backbone)
     patch_head = None
@@ -197,7 +225,33 @@ def build_student(config: PretrainConfig, backbone: nn.Module | None = None) -> 
         grid=grid,
         class_view=ibot.class_view,
         class_outputs=config.loss.weight > 0,
+        packing=packing,
     )
+
+
+def _change_passes(backbone: nn.Module, config: PretrainConfig, name: str) -> None:
+    """What changes how a backbone computes, and no weight of it.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    model = config.model
+    if model.packing:
+        try:
+            pack(backbone)
+        except NotImplementedError as error:
+            raise ConfigError(
+                f"pretrain.model.packing = True: must be false with pretrain.model.backbone = {name}: {error}"
+            ) from error
+    if model.drop_path_mode == "sub_batch":
+        if problems := depth_group_problems(config, world_size()):
+            raise ConfigError(f"pretrain.{problems[0]}")
+        try:
+            drop_sub_batches(backbone, model.drop_path_group_size)
+        except NotImplementedError as error:
+            raise ConfigError(
+                f"pretrain.model.drop_path_mode = sub_batch: must be mask with pretrain.model.backbone = {name}: {error}"
+            ) from error
 
 
 def _head(in_dim: int, settings: HeadConfig) -> DINOHead:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dino_core.backbones import try_images
 from dino_core.config import ConfigError
-from dino_core.masking import MaskedPatches
+from dino_core.masking import MaskedPatches, put_mask_token
 
 _MASK, _WANTED, _TOKENS = "masked_patches", "tokens_are_wanted", "tokens"
 """Attributes of the patch embedding and of the final norm during a pass."""
@@ -107,7 +107,7 @@ def _put_mask_token(module: nn.Module, inputs: tuple[Tensor, ...], output: Tenso
     if given is None:
         return None
     mask, token = given
-    return torch.where(mask.view(*output.shape[:-1], 1), token.to(output.dtype), output)
+    return put_mask_token(output, mask, token)
 
 
 def _keep_tokens(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from dino_core.config import CheckedConfig, ConfigError, PretrainConfig, number
+from dino_core.config_problems import depth_group_problems
 from orchestrator.data.urls import refuse_secrets
 
 _TRACKING_CREDENTIALS = (
@@ -138,6 +139,8 @@ class RunConfig(CheckedConfig):
                 f"pretrain.batch_size = {size}: must be a multiple of cluster.num_workers = {workers}, "
                 f"such as {' or '.join(map(str, near))}"
             )
+        if problems := depth_group_problems(self.pretrain, workers):
+            raise ConfigError(f"pretrain.{problems[0]}")
         if self.cluster.launcher == "trial" and workers > 1:
             raise ConfigError(
                 f"cluster.launcher = trial: trains in the trial's own process, so cluster.num_workers = {workers} "

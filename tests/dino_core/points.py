@@ -89,6 +89,24 @@ def _points() -> dict[str, PretrainConfig]:
             },
             loss={"koleo_group_size": 2},
         ),
+        "packed": changed(points["ibot"], model={"packing": True}),
+        "packed, sub-batches, recomputed": changed(
+            points["dinov2"],
+            model={
+                "packing": True,
+                "drop_path": 0.4,
+                "drop_path_schedule": "uniform",
+                "drop_path_mode": "sub_batch",
+                "drop_path_group_size": 2,
+                "num_register_tokens": 2,
+                "activation_checkpointing": True,
+            },
+            loss={"koleo_group_size": 2},
+            ibot={"class_view": "full"},
+        ),
+        "sub-batches in the last block": changed(
+            BASE, model={"drop_path": 0.3, "drop_path_mode": "sub_batch", "drop_path_group_size": 1}
+        ),
         "relu, batch norm, no bottleneck norm": changed(
             BASE,
             head={"batch_norm": True, "bottleneck_norm": False, "activation": "relu"},
