@@ -250,7 +250,8 @@ def _change_passes(backbone: nn.Module, config: PretrainConfig, name: str) -> No
             drop_sub_batches(backbone, model.drop_path_group_size)
         except NotImplementedError as error:
             raise ConfigError(
-                f"pretrain.model.drop_path_mode = sub_batch: must be mask with pretrain.model.backbone = {name}: {error}"
+                f"pretrain.model.drop_path_mode = sub_batch: must be mask with pretrain.model.backbone = {name}: "
+                f"{error}"
             ) from error
 
 

@@ -2,7 +2,8 @@
 
 Norms, linear layers and everything else that treats tokens one by one see the tokens of all crops in one matrix; only
 attention looks at the crops of one size at a time. This is exact, needs no mask, and any kernel of
-`scaled_dot_product_attention` will do. DINOv2 packs the same way with a block-diagonal mask (arXiv 2304.07193, section 5).
+`scaled_dot_product_attention` will do. DINOv2 packs with a block-diagonal mask in the attention instead (arXiv
+2304.07193, section 5).
 
 Axes: n crops of a group, N tokens of a crop, D features; a packed pass has the n_1 N_1 + n_2 N_2 + ... tokens of all
 crops one after the other, [tokens, D].
@@ -41,14 +42,16 @@ class Layout(NamedTuple):
 class PackedAttention(Attention):
     """timm's attention, which also takes tokens [tokens, D] with a `Layout`."""
 
-    def forward(self, x: Tensor, attn_mask: Tensor | Layout | None = None, **others: Any) -> Tensor:
+    def forward(  # type: ignore[override]  # what else it is told differs between versions of timm
+        self, x: Tensor, attn_mask: Tensor | Layout | None = None, **others: Any
+    ) -> Tensor:
         if not isinstance(attn_mask, Layout):
-            return super().forward(x, attn_mask=attn_mask, **others)  # type: ignore[no-any-return]
+            return super().forward(x, attn_mask=attn_mask, **others)
         parts = self.qkv(x).split(attn_mask.lengths)
         x = torch.cat(
             [self._attend(part.unflatten(0, (n, -1))) for part, n in zip(parts, attn_mask.crops, strict=True)]
         )
-        return self.proj_drop(self.proj(self.norm(x)))  # type: ignore[no-any-return]
+        return self.proj_drop(self.proj(self.norm(x)))
 
     def _attend(self, qkv: Tensor) -> Tensor:
         """[n, N, 3 * heads * d] -> [n * N, heads * d]."""
@@ -64,7 +67,9 @@ class PackedAttention(Attention):
 class PackedVisionTransformer(VisionTransformer):
     """A timm ViT that also takes several groups of crops at once; `pack` makes one."""
 
-    def forward(self, x: Tensor | Sequence[Tensor], masks: Sequence[Tensor | None] = (), **others: Any) -> Any:
+    def forward(  # type: ignore[override]  # groups come with masks of patches, images with those of attention
+        self, x: Tensor | Sequence[Tensor], masks: Sequence[Tensor | None] = (), **others: Any
+    ) -> Any:
         """Images as any ViT does, or groups [n_1, 3, H_1, W_1], [n_2, 3, H_2, W_2], ...
 
         Args:
@@ -91,7 +96,7 @@ class PackedVisionTransformer(VisionTransformer):
         patches = self.patch_embed(crops)
         if mask is not None:
             patches = put_mask_token(patches, mask, self.get_parameter("mask_token"))
-        return self._pos_embed(patches)  # type: ignore[no-any-return]
+        return self._pos_embed(patches)
 
 
 def pack(backbone: nn.Module) -> None:

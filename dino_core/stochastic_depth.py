@@ -25,7 +25,7 @@ _STREAM = 2**63
 class CropGroup(NamedTuple):
     """Crops of one size in a forward pass."""
 
-    index: int
+    number: int
     """Sets its draws apart from those of the step's other groups."""
     num_crops: int
     """Of each image."""
@@ -124,7 +124,7 @@ class DepthMasks:
         first_image: int = 0,
         share: int | None = None,
     ) -> None:
-        """As `begin` for one group or, packed, for several, one after the other: each draws what it would draw alone."""
+        """As `begin` for one group or, packed, for several one after the other, each with what it would draw alone."""
         first = rank() * (num_images if share is None else share) + first_image
         images = np.arange(first, first + num_images)
         if self._sub_batched and self._group_size is not None and num_images % self._group_size:
@@ -180,7 +180,7 @@ class DepthMasks:
     def _numbers(self, current: _Pass, group: CropGroup, call: int) -> np.ndarray:
         """uint64 [L, crops, images]."""
         key = root(current.seed)
-        for word in (_STREAM, current.step, group.index, call):
+        for word in (_STREAM, current.step, group.number, call):
             key = absorb(key, word)
         layers = absorb(key, np.arange(len(self._drop_probs)))  # [L]
         crops = absorb(layers[:, None], np.arange(group.num_crops))  # [L, crops]

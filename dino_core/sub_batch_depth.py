@@ -39,19 +39,21 @@ class SubBatchDepth(StochasticDepth):
 class SubBatchBlock(Block):
     """timm's block, whose branches may have `SubBatchDepth` in the place of stochastic depth."""
 
-    def forward(self, x: Tensor, attn_mask: Tensor | Layout | None = None, **others: Any) -> Tensor:
+    def forward(  # type: ignore[override]  # what else attention is told differs between versions of timm
+        self, x: Tensor, attn_mask: Tensor | Layout | None = None, **others: Any
+    ) -> Tensor:
         def attend(rows: Tensor, mask: Any) -> Tensor:
-            return self.ls1(self.attn(self.norm1(rows), attn_mask=mask, **others))  # type: ignore[no-any-return]
+            return self.ls1(self.attn(self.norm1(rows), attn_mask=mask, **others))
 
         def feed_forward(rows: Tensor, mask: Any) -> Tensor:
-            return self.ls2(self.mlp(self.norm2(rows)))  # type: ignore[no-any-return]
+            return self.ls2(self.mlp(self.norm2(rows)))
 
         return _add(_add(x, attend, self.drop_path1, attn_mask), feed_forward, self.drop_path2, attn_mask)
 
 
 def _add(x: Tensor, branch: Branch, depth: nn.Module, mask: Tensor | Layout | None) -> Tensor:
     if not (isinstance(depth, SubBatchDepth) and depth.training):
-        return x + depth(branch(x, mask))  # type: ignore[no-any-return]
+        return x + depth(branch(x, mask))
     kept = depth.choose()
     residual = branch(x.index_select(0, kept.rows), mask if kept.layout is None else kept.layout)
     scale = kept.scale.to(x.dtype).view(-1, *[1] * (x.dim() - 1))
