@@ -40,10 +40,11 @@ class IBOTConfig(CheckedConfig):
 
     weight: float = number(0.0, ge=0)
     """Weight of the patches' loss; 0 masks nothing (--lambda2 | ibot.loss_weight)."""
-    head: Literal["shared", "untied"] = "shared"
-    """Patches go through the class token's head, or one of their own (--shared_head | ibot.separate_head)."""
+    head: Literal["shared", "shared_mlp", "untied"] = "shared"
+    """Patches go through the class token's head, through its MLP to prototypes of their own (iBOT's code without
+    --shared_head), or through a head of their own (--shared_head | ibot.separate_head)."""
     num_prototypes: int | None = number(None, ge=2)
-    """Of a head of their own; None as `pretrain.head` (--patch_out_dim | ibot.head_n_prototypes)."""
+    """Their own ones; None: as many as `pretrain.head` has (--patch_out_dim | ibot.head_n_prototypes)."""
     bottleneck_dim: int | None = number(None, ge=1)
     """Of a head of their own; None as `pretrain.head` (- | ibot.head_bottleneck_dim)."""
     student_temp: float | None = number(None, gt=0)

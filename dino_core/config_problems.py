@@ -65,12 +65,13 @@ def _patch_problems(config: PretrainConfig) -> list[str]:
             f"ibot.weight = {ibot.weight:g}: must be 0 with a predictor (pretrain.predictor.num_layers = "
             f"{config.predictor.num_layers}), which patches do not have"
         )
-    if ibot.head == "shared":
-        problems += [
-            f"ibot.{name} = {getattr(ibot, name)}: must be none with pretrain.ibot.head = shared, that of pretrain.head"
-            for name in ("num_prototypes", "bottleneck_dim")
-            if getattr(ibot, name) is not None
-        ]
+    of_class = {"shared": ("num_prototypes", "bottleneck_dim"), "shared_mlp": ("bottleneck_dim",), "untied": ()}
+    problems += [
+        f"ibot.{name} = {getattr(ibot, name)}: must be none with pretrain.ibot.head = {ibot.head}, that of "
+        "pretrain.head"
+        for name in of_class[ibot.head]
+        if getattr(ibot, name) is not None
+    ]
     if mask.sampler == "dinov2" and int(2 * config.batch_size * mask.prob) < 1:
         problems.append(
             f"mask.prob = {mask.prob:g}: masks none of the {2 * config.batch_size} global crops of a step; must be at "
@@ -87,9 +88,10 @@ def _no_class_loss_problems(config: PretrainConfig) -> list[str]:
             f"crops.num_local_crops = {config.crops.num_local_crops}: must be 0 with pretrain.loss.weight = 0; only "
             "the loss of the class token compares local crops"
         )
-    if config.ibot.head == "untied":
+    if config.ibot.head != "shared":
         problems.append(
-            "ibot.head = untied: must be shared with pretrain.loss.weight = 0, where there is no other head"
+            f"ibot.head = {config.ibot.head}: must be shared with pretrain.loss.weight = 0, where there is no other "
+            "head"
         )
     if config.ibot.class_view == "full":
         problems.append(

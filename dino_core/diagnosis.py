@@ -119,7 +119,7 @@ def _runs(curves: Curves, config: PretrainConfig) -> list[_Run]:
         runs.append(_Run({**curves, **own}, config))
     if config.ibot.weight:
         prototypes = (
-            config.ibot.num_prototypes if config.ibot.head == "untied" else None
+            config.ibot.num_prototypes if config.ibot.head != "shared" else None
         ) or config.head.num_prototypes
         assert prototypes is not None
         names = ("teacher_entropy", "kl", "prototype_usage", "loss_below_uniform")

@@ -123,6 +123,25 @@ class DINOHead(nn.Module):
         return F.normalize(x, dim=-1) if self.bottleneck_norm else x
 
 
+class Prototypes(nn.Module):
+    """A second layer of prototypes behind another head's bottleneck, as iBOT's code has it for patches.
+
+    Embeddings [n, bottleneck_dim], of which `DINOHead.embed` makes them, become logits [n, num_prototypes].
+
+    Source: iBOT (arXiv 2111.07832), the released code without `--shared_head`.
+    """
+
+    def __init__(self, bottleneck_dim: int, num_prototypes: int, *, norm_last_layer: bool = True) -> None:
+        super().__init__()
+        self.last_layer = WeightNormLinear(bottleneck_dim, num_prototypes, learn_length=not norm_last_layer)
+        self.out_dim = num_prototypes
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """[n, bottleneck_dim] -> [n, num_prototypes]."""
+        logits: Tensor = self.last_layer(embeddings)
+        return logits
+
+
 class Predictor(nn.Module):
     """The student's own MLP, which BYOL and SimSiam put between their student's and their teacher's embedding.
 

@@ -21,7 +21,7 @@ from dino_core.batch_norm import can_be_synchronised, use_global_batch_norm
 from dino_core.config import ConfigError, HeadConfig, PretrainConfig
 from dino_core.config_problems import depth_group_problems
 from dino_core.distributed import world_size
-from dino_core.heads import DINOHead, Predictor
+from dino_core.heads import DINOHead, Predictor, Prototypes
 from dino_core.masking import MaskedPatches
 from dino_core.packing import pack, tokens_of
 from dino_core.patch_tokens import add_mask_token, adopt_patch_tokens, forward_with_patches, remove_mask_token
@@ -44,7 +44,7 @@ class CropNetwork(nn.Module):
     """Outputs for crops given as one batch per size: one backbone pass per size, one head pass over all crops.
 
     Args:
-        patch_head: of masked patches, if they have one of their own.
+        patch_head: of masked patches, if they have one of their own, or prototypes of their own behind `head`.
         grid: H, W, patches of a global crop, where patches are masked.
         class_view: see `IBOTConfig`.
         class_outputs: whether class tokens go through the head.
@@ -57,7 +57,7 @@ class CropNetwork(nn.Module):
         head: DINOHead,
         predictor: Predictor | None = None,
         *,
-        patch_head: DINOHead | None = None,
+        patch_head: DINOHead | Prototypes | None = None,
         grid: tuple[int, int] | None = None,
         class_view: Literal["masked", "full"] = "masked",
         class_outputs: bool = True,
@@ -157,13 +157,21 @@ class CropNetwork(nn.Module):
         return Outputs(outputs, features, patches), tokens
 
     @property
-    def head_of_patches(self) -> DINOHead:
+    def head_of_patches(self) -> DINOHead | Prototypes:
         return self.head if self.patch_head is None else self.patch_head
 
+    def embed_patches(self, patches: Tensor) -> Tensor:
+        """What stands in front of the patches' prototypes: [n, D] -> [n, bottleneck_dim]."""
+        return (self.patch_head if isinstance(self.patch_head, DINOHead) else self.head).embed(patches)
+
     def _project(self, features: Tensor, patches: Tensor) -> tuple[Tensor | None, Tensor]:
-        """Through the heads; in one pass if there is only one, as its batch norm sees one batch."""
+        """Through the heads; in one pass if there is only one MLP, as its batch norm sees one batch."""
         if not self.class_outputs:
-            return None, self.head_of_patches(patches)
+            return None, self.head(patches)
+        if isinstance(self.patch_head, Prototypes):
+            embeddings = self.head.embed(torch.cat([features, patches]))
+            assert self.head.last_layer is not None
+            return self.head.last_layer(embeddings[: len(features)]), self.patch_head(embeddings[len(features) :])
         if self.patch_head is not None:
             return self.head(features, self.predictor), self.patch_head(patches)
         both = self.head(torch.cat([features, patches]))
@@ -210,7 +218,11 @@ def build_student(config: PretrainConfig, backbone: nn.Module | None = None) -> 
         return CropNetwork(backbone, head, predictor, packing=packing)
     grid = adopt_patch_tokens(backbone, name, crops.global_size)
     add_mask_token(backbone)
-    patch_head = None
+    patch_head: DINOHead | Prototypes | None = None
+    if ibot.head == "shared_mlp":
+        num_prototypes = ibot.num_prototypes or settings.num_prototypes
+        assert num_prototypes is not None
+        patch_head = Prototypes(settings.bottleneck_dim, num_prototypes, norm_last_layer=settings.norm_last_layer)
     if ibot.head == "untied":
         own = dataclasses.replace(
             settings,

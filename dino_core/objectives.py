@@ -93,7 +93,7 @@ class Objective(nn.Module):
         if self.teacher.centering == "center":
             self.register_buffer("center", torch.zeros(out_dim))
         if self.patch_centering == "center" and config.ibot.weight:
-            own = config.ibot.num_prototypes if config.ibot.head == "untied" else None
+            own = config.ibot.num_prototypes if config.ibot.head != "shared" else None
             self.register_buffer("patch_center", torch.zeros(own or out_dim))
         self.has_queue = config.loss.queue_size is not None
         if config.loss.queue_size is not None:

@@ -91,7 +91,7 @@ def _patch_sum(state: TrainState, masked_logits: Tensor, tokens: Tensor) -> Patc
         return PatchSum(masked_logits.float().sum(dim=0), count)
     # prototypes are linear, so the mean of all outputs is the output of the mean: no [T * B, N, K]
     head = state.teacher.head_of_patches
-    rows = head.embed(tokens.flatten(0, 1))
+    rows = state.teacher.embed_patches(tokens.flatten(0, 1))
     with torch.autocast(state.device.type, enabled=False):
         mean = rows.float().mean(dim=0, keepdim=True)
         assert head.last_layer is not None

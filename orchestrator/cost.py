@@ -190,7 +190,7 @@ def _one_step(
             else:
                 outputs, tokens = teacher.look_at_patches(groups[0], masks)
                 if objective.patch_centering == "center" and config.ibot.center_over == "all":
-                    teacher.head_of_patches.embed(tokens.flatten(0, 1))
+                    teacher.embed_patches(tokens.flatten(0, 1))
             if outputs.crops is not None:
                 targets["class"] = objective.targets(outputs.crops.unflatten(0, (-1, num_images)), _TEMP)
             if outputs.patches is not None:

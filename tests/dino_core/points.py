@@ -74,6 +74,11 @@ def _points() -> dict[str, PretrainConfig]:
             ibot={"head": "untied", "num_prototypes": 20, "bottleneck_dim": 6, "center_over": "masked", "temp": 0.06},
             mask={"prob": 1.0, "ratio": (0.3, 0.3), "shape": "random"},
         ),
+        "patches, own prototypes, batch norm": changed(
+            patches,
+            head={"batch_norm": True, "norm_last_layer": False},
+            ibot={"head": "shared_mlp", "num_prototypes": 20, "class_view": "full"},
+        ),
         "koleo in groups, first crop": changed(
             BASE, loss={"koleo_weight": 0.1, "koleo_group_size": 2, "koleo_crops": "first"}
         ),

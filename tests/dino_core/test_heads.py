@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dino_core.heads import DINOHead, Predictor
+from dino_core.heads import DINOHead, Predictor, Prototypes
+from dino_core.networks import CropNetwork
 
 
 def sines(shape: Sequence[int], shift: float, scale: float = 2.0) -> Tensor:
@@ -124,3 +125,19 @@ def test_a_predictor_stands_between_bottleneck_and_prototypes():
 def test_the_activation_is_that_named(activation, kind):
     head = DINOHead(6, 5, hidden_dim=8, bottleneck_dim=4, activation=activation)
     assert [type(layer) for layer in head.mlp] == [nn.Linear, kind, nn.Linear, kind, nn.Linear]
+
+
+def test_patches_may_have_prototypes_of_their_own_behind_the_class_tokens_mlp():
+    """iBOT's code: one MLP and one batch norm over all of them, L2 norm, then two layers."""
+    torch.manual_seed(0)
+    head, own = DINOHead(6, 5, num_layers=2, hidden_dim=8, bottleneck_dim=4, batch_norm=True), Prototypes(4, 7)
+    network = CropNetwork(nn.Identity(), head, patch_head=own)
+    features, patches = sines((10, 6), 0.3), sines((4, 6), 1.1)
+    outputs, of_patches = network._project(features, patches)
+    bottleneck = F.normalize(head.mlp(torch.cat([features, patches])), dim=-1)
+    torch.testing.assert_close(outputs, head.last_layer(bottleneck[:10]))
+    torch.testing.assert_close(of_patches, own(bottleneck[10:]))
+    assert of_patches.shape == (4, 7)
+    assert own(bottleneck).abs().max() <= 1, "cosines"
+    torch.testing.assert_close(network.embed_patches(patches), head.embed(patches))
+    assert {name for name, _ in own.named_parameters()} == {"last_layer.weight_g", "last_layer.weight_v"}
