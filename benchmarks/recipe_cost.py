@@ -8,7 +8,8 @@ torch thread, the run's own network and batch size, and crops of noise. Processe
 - Memory predicted is what `--dry-run` tells (weights, activations, logits); measured is the peak of resident memory
   above what the process had after its imports, the crops counted out.
 - `--dry-run` scales what it has not measured by its arithmetic. So images per second predicted are those of the first
-  recipe times the ratio of GFLOP per image; measured is the median step, teacher, loss and optimiser included.
+  recipe times the ratio of GFLOP per image; measured is the median step, teacher, loss and optimiser included, by the
+  CPU time of its thread, so that other programs count little.
 
 docs/cost.md has figures.
 """
@@ -69,9 +70,9 @@ def _train(name: str, num_steps: int, out: Connection) -> None:
     state = TrainState.create(config, num_samples=10 * num_images)
     seconds = []
     for _ in range(_WARM_UP + num_steps):
-        began = time.perf_counter()
+        began = time.thread_time()
         train_step(state, batch, diagnose=False)
-        seconds.append(time.perf_counter() - began)
+        seconds.append(time.thread_time() - began)
     done.set()
     watching.join()
     out.send(Found(num_images / statistics.median(seconds[_WARM_UP:]), (peak[0] - before) / 1e6))
