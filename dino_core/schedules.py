@@ -255,7 +255,11 @@ def _joined(stages: Sequence[Stage], schedules: Sequence[Schedules]) -> Schedule
     ]
     return dataclasses.replace(
         first,
-        **{name: join(name) for name in ("lr", "weight_decay", "momentum", "teacher_temp", "patch_temp")},
+        lr=join("lr"),
+        weight_decay=join("weight_decay"),
+        momentum=join("momentum"),
+        teacher_temp=join("teacher_temp"),
+        patch_temp=join("patch_temp"),
         total_steps=stages[-1].stop,
         notes=(*first.notes, *later),
         stages=tuple((stage.start, own) for stage, own in zip(stages, schedules, strict=True)),

@@ -270,6 +270,7 @@ def _rebuild(part: C, values: Mapping[str, Any], prefix: str, problems: list[str
     changed = {}
     for item in dataclasses.fields(part):  # type: ignore[arg-type]
         key, old = prefix + item.name, getattr(part, item.name)
+        new: Any
         if dataclasses.is_dataclass(old):
             new = _rebuild(old, values, f"{key}.", problems, lost)
         elif _listed(item) and key in values:
@@ -308,7 +309,7 @@ def _describe(kind: Any) -> list[str]:
         elif get_origin(member) is tuple:
             kinds = get_args(member)
             if dataclasses.is_dataclass(kinds[0]):
-                words.append(f"a list with the settings of each, such as {_EXAMPLES[kinds[0].__name__]}")
+                words.append(f"a list with the settings of each stage, such as {_EXAMPLE}")
                 continue
             if kinds[-1] is ...:
                 words.append(_several(kinds[0]))
@@ -327,7 +328,7 @@ def _several(kind: Any) -> str:
     return {int: "whole numbers", float: "numbers"}.get(kind, "names") + " with commas between them"
 
 
-_EXAMPLES = {"StageConfig": "[{steps: 10000, crops.global_size: 448}]"}
+_EXAMPLE = "[{steps: 10000, crops.global_size: 448}]"
 _WORDS: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from timm.layers import resample_abs_pos_embed
+from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from dino_core.checkpoint import checkpoint_path, load_checkpoint, save_checkpoint
