@@ -187,6 +187,7 @@ def _describe(state: TrainState) -> dict[str, Any]:
         "data_position": state.step * state.config.batch_size,
         "config": dataclasses.asdict(state.config),
         "scaler": state.scaler.state_dict(),
+        "frozen_teacher": state.frozen_digest,
         "circumstances": _circumstances(state),
     }
 
@@ -356,6 +357,11 @@ def load_checkpoint(state: TrainState, path: Path) -> dict[str, Any]:
     model, moments = load_file(path / MODEL_FILE), load_file(path / OPTIMIZER_FILE)
     state.enter_stage(stage_of_state(state.stages, saved["step"]).index)
     changed = _changed_keys(saved["config"], state)
+    if saved.get("frozen_teacher") != state.frozen_digest:
+        raise CheckpointError(
+            f"{path}: pretrain.teacher.checkpoint = {state.config.teacher.checkpoint} has other weights than when the "
+            "run began"
+        )
     optimizer = _check_fit(state, path, model, moments, saved["optimizer"], changed)
 
     for part, module in (("student", state.student), ("teacher", state.teacher), ("objective", state.objective)):

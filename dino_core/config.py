@@ -151,6 +151,10 @@ class TeacherConfig(CheckedConfig):
 
     path: ClassVar[str] = "pretrain.teacher"
 
+    checkpoint: str | None = None
+    """The folder of a checkpoint, whose teacher with its heads, frozen, gives the targets, as in DINOv2's distillation
+    of smaller models; or a run, whose newest is meant. The average of the student's weights is then kept beside, is
+    evaluated and exported. None: that average gives the targets (- | -)."""
     update: Literal["ema", "student_copy", "previous_step", "previous_epoch"] = "ema"
     """Where its weights come from after each step: the moving average of the student's, the student's as they are,
     those before the step, or those at the end of the last epoch (- | -)."""

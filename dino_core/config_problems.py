@@ -40,6 +40,8 @@ def combination_problems(config: PretrainConfig) -> list[str]:
         problems += _no_class_loss_problems(config)
     if config.loss.koleo_weight:
         problems += _koleo_problems(config)
+    if teacher.checkpoint is not None:
+        problems += _distillation_problems(config)
     if not teacher.stop_gradient:
         problems += _two_sided_problems(config)
     if teacher.mode == "eval" and not teacher.ema_buffers and _has_batch_norm_in_heads(config):
@@ -70,7 +72,9 @@ def _patch_problems(config: PretrainConfig) -> list[str]:
             for name in ("num_prototypes", "bottleneck_dim")
             if getattr(ibot, name) is not None
         ]
-    if mask.sampler == "dinov2" and int(2 * config.batch_size * mask.prob) < 1:
+    if ibot.patches == "all" and ibot.class_view == "full":
+        problems.append("ibot.class_view = full: must be masked with pretrain.ibot.patches = all, which masks nothing")
+    if ibot.patches == "masked" and mask.sampler == "dinov2" and int(2 * config.batch_size * mask.prob) < 1:
         problems.append(
             f"mask.prob = {mask.prob:g}: masks none of the {2 * config.batch_size} global crops of a step; must be at "
             f"least {1 / (2 * config.batch_size):g} with pretrain.mask.sampler = dinov2"
@@ -109,6 +113,23 @@ def _koleo_problems(config: PretrainConfig) -> list[str]:
         problems.append(
             f"loss.koleo_group_size = {size}: must divide the {part} images of each of pretrain.accumulate_steps = "
             f"{config.accumulate_steps} parts; the gradient through the neighbours needs them at once"
+        )
+    return problems
+
+
+def _distillation_problems(config: PretrainConfig) -> list[str]:
+    """What a frozen teacher leaves no room for."""
+    teacher = config.teacher
+    problems = []
+    if teacher.update != "ema":
+        problems.append(
+            f"teacher.update = {teacher.update}: must be ema with pretrain.teacher.checkpoint, whose teacher is "
+            "frozen; the average of the student is what is kept"
+        )
+    if not teacher.ema_buffers and _has_batch_norm_in_heads(config):
+        problems.append(
+            "teacher.ema_buffers = False: must be true with pretrain.teacher.checkpoint and batch norm in the head; "
+            "the average of the student sees no crops by which its running statistics would move"
         )
     return problems
 

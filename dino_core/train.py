@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dino_core.backbones import compile_backbone
 from dino_core.config import ConfigError, PretrainConfig
 from dino_core.crops import CropBatch
+from dino_core.distillation import load_frozen_teacher, teacher_digest
 from dino_core.distributed import all_reduce_mean_, has_process_group, world_size
 from dino_core.networks import CropNetwork, build_student, build_teacher, synchronise_batch_norm
 from dino_core.objectives import Objective
@@ -73,6 +74,10 @@ class TrainState:
     """Of the whole run, which mostly has one."""
     num_samples: int
     """Images of an epoch."""
+    frozen_teacher: CropNetwork | None = None
+    """Where targets come from a checkpoint: its teacher, in evaluation mode."""
+    frozen_digest: str | None = None
+    """Of its weights."""
     own_backbone: nn.Module | None = None
     """What `create` was given in place of a timm model."""
     step: int = 0
@@ -124,10 +129,19 @@ class TrainState:
             parallel = DistributedDataParallel(student, gradient_as_bucket_view=True)
         optimizer = build_optimizer(config.optim, student)
         scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+        frozen, digest = None, None
+        if config.teacher.checkpoint is not None:
+            frozen = load_frozen_teacher(config, student).to(device)
+            digest = teacher_digest(config.teacher.checkpoint)
         return cls(
             *(config, schedules, student, teacher, objective, optimizer, parallel, device, scaler),
-            *(stages, num_samples, backbone),
+            *(stages, num_samples, frozen, digest, backbone),
         )
+
+    @property
+    def target_network(self) -> CropNetwork:
+        """What gives the targets: the frozen teacher where there is one."""
+        return self.teacher if self.frozen_teacher is None else self.frozen_teacher
 
     def enter_stage(self, index: int) -> None:
         """Build networks and optimiser for another stage of the run, in place; every rank of a process group calls it.
@@ -148,6 +162,7 @@ class TrainState:
         if self.scaler.is_enabled():
             new.scaler.load_state_dict(self.scaler.state_dict())
         self.config, self.student, self.teacher, self.objective = new.config, new.student, new.teacher, new.objective
+        self.frozen_teacher = new.frozen_teacher
         self.optimizer, self.parallel_student, self.scaler = new.optimizer, new.parallel_student, new.scaler
         self.stage = index
 

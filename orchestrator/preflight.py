@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from dino_core.backbone_names import check_backbone_name, setting_problems, sizing
 from dino_core.config import ConfigError, CropsConfig
 from dino_core.config_stages import config_of_stage
+from dino_core.distillation import check_teacher
 from dino_core.schedules import build_schedules
 from dino_core.stages import stages_of
 from orchestrator.config import DataConfig, RunConfig
@@ -86,6 +87,7 @@ def open_sources(
             if config.data in sources:
                 notes += build_schedules(config.pretrain, sources[config.data].num_samples).notes
                 index_plan(config, sources[config.data].train)
+                _check_teacher(config)
                 _check_stages(config, sources[config.data].num_samples)
         except ConfigError as error:
             problems.append(str(error))
@@ -94,6 +96,14 @@ def open_sources(
     for note in dict.fromkeys(notes) if opened is None else ():
         logger.warning(note)
     return sources
+
+
+def _check_teacher(config: RunConfig) -> None:
+    """Raise ConfigError if there is no frozen teacher where one is named, or it does not fit the student."""
+    if config.pretrain.teacher.checkpoint is not None:
+        from orchestrator.runs import with_teacher  # imports what few runs need
+
+        check_teacher(with_teacher(config).pretrain)
 
 
 def _check_stages(config: RunConfig, num_samples: int) -> None:

@@ -25,7 +25,7 @@ def test_the_recipes_that_are_promised() -> None:
     assert list(recipes()) == [
         *("quickstart", "cifar10_tiny", "cifar10_simclr", "dino_vits16", "dino_resnet50"),
         *("ibot_vits16", "dinov2_vits14", "dinov2_vitl14", "ibot_digits", "dinov2_digits", "dinov2_large_digits"),
-        "dinov2_highres_digits",
+        *("dinov2_highres_digits", "dinov2_distilled_digits"),
     ]
 
 
