@@ -358,6 +358,23 @@ def test_a_resumed_run_cannot_be_another(complete: Ended, store: Store) -> None:
     assert events(complete.folder)[-1] == "finished"
 
 
+def test_a_student_is_distilled_from_a_run(complete: Ended, store: Store) -> None:
+    name = complete.folder.name
+    smaller = {"pretrain.model.embed_dim": 16, "pretrain.teacher.ema_buffers": "true"}
+    ended = command(*store.arguments(smaller | {"pretrain.teacher.checkpoint": name}))
+    assert ended.code == 0, ended.output
+    checkpoint = complete.folder / "checkpoints" / f"step_{STEPS:08}"
+    assert RunRecord.read(ended.folder).config["pretrain.teacher.checkpoint"] == str(checkpoint)
+    assert [step for step, _ in read_curves(ended.folder)["eval/knn_top1"]] == [0, 8]
+    newest = latest_checkpoint(ended.folder / "checkpoints")
+    assert newest is not None
+    assert load_file(newest / "model.safetensors")["teacher.backbone.cls_token"].shape == (1, 1, 16)
+    wrong = command(*store.arguments(smaller | {"pretrain.teacher.checkpoint": f"{name[:-1]}_"}))
+    assert wrong.code == 2
+    assert f"error: pretrain.teacher.checkpoint = {name[:-1]}_: no run" in wrong.output
+    assert f"did you mean {name}?" in wrong.output
+
+
 # --- 3. interruptions -------------------------------------------------------------------------------------------------
 
 
