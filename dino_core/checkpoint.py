@@ -38,6 +38,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dino_core import distributed
+from dino_core.stages import stage_of_state
 from dino_core.train import TrainState
 
 logger = logging.getLogger(__name__)
@@ -186,6 +187,7 @@ def _describe(state: TrainState) -> dict[str, Any]:
         "data_position": state.step * state.config.batch_size,
         "config": dataclasses.asdict(state.config),
         "scaler": state.scaler.state_dict(),
+        "frozen_teacher": state.frozen_digest,
         "circumstances": _circumstances(state),
     }
 
@@ -342,16 +344,24 @@ def prune_checkpoints(folder: Path, keep: int) -> None:
 def load_checkpoint(state: TrainState, path: Path) -> dict[str, Any]:
     """Bring `state`, freshly created from a fitting configuration, to where the checkpoint was; returns its `extra`.
 
+    The state enters the stage of the run that the checkpoint was written in; one of a stage's end is still in that.
     Restores weights, centre, moments, step and this rank's global RNGs, all in place. Logs a warning if something
     differs that may change numbers: other settings, world size, thread count, device or versions.
 
     Raises:
-        CheckpointError: the checkpoint is damaged, or does not fit `state`, which is then left as it was.
+        CheckpointError: the checkpoint is damaged, or does not fit `state`, which is then left as it was but for its
+            stage.
     """
     verify_checkpoint(path)
     saved = json.loads((path / STATE_FILE).read_text())
     model, moments = load_file(path / MODEL_FILE), load_file(path / OPTIMIZER_FILE)
+    state.enter_stage(stage_of_state(state.stages, saved["step"]).index)
     changed = _changed_keys(saved["config"], state)
+    if saved.get("frozen_teacher") != state.frozen_digest:
+        raise CheckpointError(
+            f"{path}: pretrain.teacher.checkpoint = {state.config.teacher.checkpoint} has other weights than when the "
+            "run began"
+        )
     optimizer = _check_fit(state, path, model, moments, saved["optimizer"], changed)
 
     for part, module in (("student", state.student), ("teacher", state.teacher), ("objective", state.objective)):

@@ -19,6 +19,11 @@ from dino_core.config_checks import number as number
 from dino_core.config_patches import IBOTConfig as IBOTConfig
 from dino_core.config_patches import MaskConfig as MaskConfig
 from dino_core.config_problems import combination_problems
+from dino_core.config_stages import StageConfig as StageConfig
+from dino_core.config_stages import StageCropsConfig as StageCropsConfig
+from dino_core.config_stages import StageOptimConfig as StageOptimConfig
+from dino_core.config_stages import StageTeacherConfig as StageTeacherConfig
+from dino_core.config_stages import stage_problems
 
 Shape = Literal["cosine", "linear", "constant"]
 """How a value goes from that of the first step to its final one over a run; `constant` stays at the former."""
@@ -166,6 +171,10 @@ class TeacherConfig(CheckedConfig):
 
     path: ClassVar[str] = "pretrain.teacher"
 
+    checkpoint: str | None = None
+    """The folder of a checkpoint, whose teacher with its heads, frozen, gives the targets, as in DINOv2's distillation
+    of smaller models; or a run, whose newest is meant. The average of the student's weights is then kept beside, is
+    evaluated and exported. None: that average gives the targets (- | -)."""
     update: Literal["ema", "student_copy", "previous_step", "previous_epoch"] = "ema"
     """Where its weights come from after each step: the moving average of the student's, the student's as they are,
     those before the step, or those at the end of the last epoch (- | -)."""
@@ -403,6 +412,8 @@ class PretrainConfig(CheckedConfig):
     checkpoint_every_steps: int | None = number(None, ge=1)
     """Steps between checkpoints, besides the one at the end; None: only that one
     (--saveckp_freq | evaluation.eval_period_iterations)."""
+    stages: tuple[StageConfig, ...] = field(default=(), metadata={"listed": True})
+    """Stages that follow the first, which `steps` or `epochs` is the length of (- | -)."""
     model: ModelConfig = field(default_factory=ModelConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
     predictor: PredictorConfig = field(default_factory=PredictorConfig)
@@ -423,4 +434,4 @@ class PretrainConfig(CheckedConfig):
             problems.append(
                 f"accumulate_steps = {self.accumulate_steps}: must divide pretrain.batch_size = {self.batch_size}"
             )
-        return problems + combination_problems(self)
+        return problems + (combination_problems(self) or stage_problems(self))

@@ -23,12 +23,12 @@ _SYMBOLS = {"gt": ">", "ge": ">=", "le": "<="}
 
 def allowed_range(item: dataclasses.Field[Any]) -> str:
     """The range of a field in words, such as `> 0 and <= 1`; empty where it has none."""
-    return " and ".join(f"{_SYMBOLS[name]} {limit}" for name, limit in item.metadata.items())
+    return " and ".join(f"{_SYMBOLS[name]} {limit}" for name, limit in item.metadata.items() if name in _SYMBOLS)
 
 
 def in_range(item: dataclasses.Field[Any], value: Any) -> bool:
     """Whether a value (each element of a tuple; None always) lies in the field's range."""
-    limits = dict(item.metadata)
+    limits = {name: limit for name, limit in item.metadata.items() if name in _SYMBOLS}
     values = value if isinstance(value, tuple) else (value,)
     return not limits or all(_in_range(v, limits) for v in values if v is not None)
 

@@ -40,6 +40,9 @@ class IBOTConfig(CheckedConfig):
 
     weight: float = number(0.0, ge=0)
     """Weight of the patches' loss; 0 masks nothing (--lambda2 | ibot.loss_weight)."""
+    patches: Literal["masked", "all"] = "masked"
+    """Which are compared: those that the student does not see, or, with nothing masked, all of the global crops, as in
+    DINOv2's distillation from a frozen teacher (- | -)."""
     head: Literal["shared", "shared_mlp", "untied"] = "shared"
     """Patches go through the class token's head, through its MLP to prototypes of their own (iBOT's code without
     --shared_head), or through a head of their own (--shared_head | ibot.separate_head)."""

@@ -40,6 +40,8 @@ def combination_problems(config: PretrainConfig) -> list[str]:
         problems += _no_class_loss_problems(config)
     if config.loss.koleo_weight:
         problems += _koleo_problems(config)
+    if teacher.checkpoint is not None:
+        problems += _distillation_problems(config)
     if not teacher.stop_gradient:
         problems += _two_sided_problems(config)
     problems += depth_group_problems(config, 1)
@@ -72,7 +74,9 @@ def _patch_problems(config: PretrainConfig) -> list[str]:
         for name in of_class[ibot.head]
         if getattr(ibot, name) is not None
     ]
-    if mask.sampler == "dinov2" and int(2 * config.batch_size * mask.prob) < 1:
+    if ibot.patches == "all" and ibot.class_view == "full":
+        problems.append("ibot.class_view = full: must be masked with pretrain.ibot.patches = all, which masks nothing")
+    if ibot.patches == "masked" and mask.sampler == "dinov2" and int(2 * config.batch_size * mask.prob) < 1:
         problems.append(
             f"mask.prob = {mask.prob:g}: masks none of the {2 * config.batch_size} global crops of a step; must be at "
             f"least {1 / (2 * config.batch_size):g} with pretrain.mask.sampler = dinov2"
@@ -127,6 +131,23 @@ def depth_group_problems(config: PretrainConfig, num_workers: int) -> list[str]:
         f"model.drop_path_group_size = {size}: must divide {part}, the images of each pass{workers}"
         f" (pretrain.accumulate_steps = {config.accumulate_steps}), with pretrain.model.drop_path_mode = sub_batch"
     ]
+
+
+def _distillation_problems(config: PretrainConfig) -> list[str]:
+    """What a frozen teacher leaves no room for."""
+    teacher = config.teacher
+    problems = []
+    if teacher.update != "ema":
+        problems.append(
+            f"teacher.update = {teacher.update}: must be ema with pretrain.teacher.checkpoint, whose teacher is "
+            "frozen; the average of the student is what is kept"
+        )
+    if not teacher.ema_buffers and _has_batch_norm_in_heads(config):
+        problems.append(
+            "teacher.ema_buffers = False: must be true with pretrain.teacher.checkpoint and batch norm in the head; "
+            "the average of the student sees no crops by which its running statistics would move"
+        )
+    return problems
 
 
 def _two_sided_problems(config: PretrainConfig) -> list[str]:

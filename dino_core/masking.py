@@ -57,6 +57,8 @@ class Masks:
     values: NDArray[np.bool_]
     """[T, b, N]."""
     divisor: Literal["crops", "masked_crops", "masked_patches"]
+    visible: bool = False
+    """Whether the student sees them all the same."""
 
     @cached_property
     def _places(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -68,6 +70,8 @@ class Masks:
         """Those of some of the images."""
         values = self.values[:, first_image : first_image + num_images].reshape(-1, self.values.shape[2])
         rows = torch.from_numpy(np.flatnonzero(values))
+        if self.visible:
+            values = np.zeros_like(values)
         return MaskedPatches(torch.from_numpy(values).to(device, non_blocking=True), rows.to(device, non_blocking=True))
 
     def members(self, first_image: int, num_images: int, device: torch.device) -> Tensor:
@@ -138,11 +142,21 @@ def rank_masks(
     step: int,
     share: int,
     divisor: Literal["crops", "masked_crops", "masked_patches"],
+    patches: Literal["masked", "all"] = "masked",
 ) -> Masks:
-    """The masks of this rank's `share` images of the global batch."""
+    """The masks of this rank's `share` images of the global batch; all patches, and none hidden, if so wished."""
+    if patches == "all":
+        return all_patches(grid, share, divisor)
     images = np.arange(rank() * share, (rank() + 1) * share)
     values = draw_masks(config, grid, seed=seed, step=step, batch_size=share * world_size(), images=images)
     return Masks(values, divisor)
+
+
+def all_patches(
+    grid: tuple[int, int], num_images: int, divisor: Literal["crops", "masked_crops", "masked_patches"]
+) -> Masks:
+    """As if all patches were masked, but for that the student sees them."""
+    return Masks(np.ones((NUM_GLOBAL_CROPS, num_images, grid[0] * grid[1]), dtype=np.bool_), divisor, visible=True)
 
 
 def _keys(seed: int, step: int, images: NDArray[np.int64]) -> NDArray[np.uint64]:

@@ -344,6 +344,11 @@ def build_teacher(student: CropNetwork, config: PretrainConfig) -> CropNetwork:
     if settings.ema_buffers:
         for norm in norms:
             norm.momentum = 0.0  # its own passes leave the running statistics alone
+    if settings.checkpoint is not None and not settings.ema_buffers and norms:
+        raise ConfigError(
+            "pretrain.teacher.ema_buffers = False: must be true with pretrain.teacher.checkpoint; "
+            f"{config.model.backbone} has batch norms, and the average of the student sees no crops"
+        )
     if settings.mode == "eval" and not settings.ema_buffers and norms:
         raise ConfigError(
             "pretrain.teacher.mode = eval: needs pretrain.teacher.ema_buffers = true; "

@@ -55,7 +55,7 @@ class Taught(NamedTuple):
 @torch.no_grad()
 def teach(state: TrainState, crops: Tensor, num_images: int) -> Taught:
     """The targets of a step from its global crops [T * B, 3, H, W]."""
-    teacher, objective, schedules = state.teacher, state.objective, state.schedules
+    teacher, objective, schedules = state.target_network, state.objective, state.schedules
     masks, patches, patch_sum = _masks(state, num_images), None, None
     patch_logits: Tensor | None = None
     with state.autocast():
@@ -80,7 +80,12 @@ def _masks(state: TrainState, num_images: int) -> Masks | None:
     if grid is None:
         return None
     return rank_masks(
-        config.mask, grid, seed=config.seed, step=state.step, share=num_images, divisor=config.ibot.divisor
+        *(config.mask, grid),
+        seed=config.seed,
+        step=state.step,
+        share=num_images,
+        divisor=config.ibot.divisor,
+        patches=config.ibot.patches,
     )
 
 
@@ -90,8 +95,9 @@ def _patch_sum(state: TrainState, masked_logits: Tensor, tokens: Tensor) -> Patc
         count = torch.tensor(float(len(masked_logits)), device=state.device)
         return PatchSum(masked_logits.float().sum(dim=0), count)
     # prototypes are linear, so the mean of all outputs is the output of the mean: no [T * B, N, K]
-    head = state.teacher.head_of_patches
-    rows = state.teacher.embed_patches(tokens.flatten(0, 1))
+    network = state.target_network
+    head = network.head_of_patches
+    rows = network.embed_patches(tokens.flatten(0, 1))
     with torch.autocast(state.device.type, enabled=False):
         mean = rows.float().mean(dim=0, keepdim=True)
         assert head.last_layer is not None

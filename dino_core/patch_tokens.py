@@ -102,6 +102,13 @@ def _num_patches(backbone: nn.Module, crops: Tensor) -> int:
     return int(crops.shape[-2] // patch_embed.feat_ratio()) * int(crops.shape[-1] // patch_embed.feat_ratio())
 
 
+def count_patches(backbone: nn.Module, image_size: int) -> tuple[int, int]:
+    """The grid of a ViT's patches in crops of `image_size` pixels."""
+    patch_embed: Any = backbone.get_submodule("patch_embed")
+    side = int(image_size // patch_embed.feat_ratio())
+    return side, side
+
+
 def _put_mask_token(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
     given = module.__dict__.get(_MASK)
     if given is None:

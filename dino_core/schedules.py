@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from dino_core.config import ConfigError, PretrainConfig, Shape
+from dino_core.stages import Stage, num_steps, stages_of
 
 Schedule = Callable[[int], float]
 
@@ -138,7 +140,7 @@ class Schedules:
     """Of the teacher's patches, where they are masked."""
     total_steps: int
     freeze_last_layer_steps: int
-    """The prototypes get no update in steps below this."""
+    """The prototypes get no update in steps below this; in later stages, see `last_layer_is_frozen`."""
     steps_per_epoch: float
     """Not rounded: an epoch may end inside a batch."""
     epoch: Callable[[int], int]
@@ -147,6 +149,13 @@ class Schedules:
     """The learning rate after warm-up, scaled by the batch size."""
     notes: tuple[str, ...] = ()
     """What was computed from the batch size, and what may surprise, a line each."""
+    stages: tuple[tuple[int, Schedules], ...] = ()
+    """The first step and the own schedules, which begin at 0, of each stage of a run that has several."""
+
+    def last_layer_is_frozen(self, step: int) -> bool:
+        """Whether the prototypes get no update in a step."""
+        start, own = next(((s, own) for s, own in reversed(self.stages) if s <= step), (0, self))
+        return step - start < own.freeze_last_layer_steps
 
 
 def build_schedules(config: PretrainConfig, num_samples: int) -> Schedules:
@@ -156,25 +165,19 @@ def build_schedules(config: PretrainConfig, num_samples: int) -> Schedules:
     those of the authors' DINO code, the path between them has no stairs. With `teacher.temp_by_epoch` it has them: the
     warm-up is rounded to epochs, and each step has the value of the epoch that it begins in.
 
+    In a run of several stages each has schedules of its own, over its own steps.
+
     A warm-up that is longer than the run is not squeezed into it: the run is the beginning of a longer one, and `notes`
     says so.
 
     Raises:
         ConfigError: there are no images, the run has no step, or a warm-up runs into the decay of `wsd`.
     """
-    if num_samples < 1:
-        raise ConfigError(f"data.source: holds {num_samples} images, at least 1 is needed")
+    stages = stages_of(config, num_samples)
+    if len(stages) > 1:
+        return _joined(stages, [build_schedules(stage.config, num_samples) for stage in stages])
+    total_steps = num_steps(config, num_samples)
     steps_per_epoch = num_samples / config.batch_size
-    if config.steps is not None:
-        total_steps = config.steps
-    else:
-        assert config.epochs is not None
-        total_steps = math.floor(round(config.epochs * steps_per_epoch, 6))  # 0.29 epochs of 100 are 29, not 28.99...
-        if total_steps < 1:
-            raise ConfigError(
-                f"pretrain.epochs = {config.epochs:g}: {num_samples} images in batches of {config.batch_size} "
-                f"make no full step; must be >= {config.batch_size / num_samples:g}"
-            )
 
     def warmup(key: str, epochs: float, *, whole_epochs: bool = False) -> int:
         steps = round((round(epochs) if whole_epochs else epochs) * steps_per_epoch)
@@ -229,6 +232,37 @@ def build_schedules(config: PretrainConfig, num_samples: int) -> Schedules:
         epoch=epoch,
         peak_lr=peak_lr,
         notes=tuple(notes),
+    )
+
+
+def _joined(stages: Sequence[Stage], schedules: Sequence[Schedules]) -> Schedules:
+    """One after the other. Epochs go on, as the order of images does."""
+    first = schedules[0]
+
+    def join(name: str) -> Schedule:
+        def schedule(step: int) -> float:
+            stage = next((stage for stage in stages if step < stage.stop), stages[-1])
+            value: float = getattr(schedules[stage.index], name)(step - stage.start)
+            return value
+
+        return schedule
+
+    later = [
+        f"pretrain.stages[{place}]: {note}"
+        for place, own in enumerate(schedules[1:])
+        for note in own.notes
+        if note not in first.notes
+    ]
+    return dataclasses.replace(
+        first,
+        lr=join("lr"),
+        weight_decay=join("weight_decay"),
+        momentum=join("momentum"),
+        teacher_temp=join("teacher_temp"),
+        patch_temp=join("patch_temp"),
+        total_steps=stages[-1].stop,
+        notes=(*first.notes, *later),
+        stages=tuple((stage.start, own) for stage, own in zip(stages, schedules, strict=True)),
     )
 
 

@@ -81,7 +81,8 @@ def _patch_metrics(state: TrainState, loss: Tensor, aims: Aims) -> dict[str, Ten
     assert aims.patches is not None and aims.masks is not None
     (probs, weights), masks = aims.patches, aims.masks.values
     entropies = torch.special.entr(probs).sum(dim=-1)  # [M]
-    counts = torch.tensor([float(masks.sum()), float(masks.size)], device=probs.device)
+    num_hidden = 0.0 if aims.masks.visible else float(masks.sum())
+    counts = torch.tensor([num_hidden, float(masks.size)], device=probs.device)
     sums = torch.stack([weights.sum(), weights @ entropies])
     sums = all_reduce_sum_(torch.cat([sums, counts, weights @ probs]))  # [4 + K]
     entropy = sums[1] / sums[0]

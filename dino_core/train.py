@@ -22,12 +22,15 @@ from torch.nn.parallel import DistributedDataParallel
 from dino_core.backbones import compile_backbone
 from dino_core.config import ConfigError, PretrainConfig
 from dino_core.crops import CropBatch
+from dino_core.distillation import load_frozen_teacher, teacher_digest
 from dino_core.distributed import all_reduce_mean_, has_process_group, world_size
 from dino_core.networks import CropNetwork, build_student, build_teacher, synchronise_batch_norm
 from dino_core.objectives import Objective
 from dino_core.optim import build_optimizer, cancel_last_layer_gradients_, clip_gradients_, set_hyperparameters
 from dino_core.passes import backward_in_parts, backward_through_both_sides, teach
+from dino_core.resolution import carry_over
 from dino_core.schedules import Schedules, build_schedules
+from dino_core.stages import Stage, stages_of
 from dino_core.step_metrics import step_metrics
 
 OnLog = Callable[[int, dict[str, float]], None]
@@ -55,7 +58,9 @@ class TrainState:
     """A run between two steps. Nothing else is needed to continue it: no global RNG is used after `create`."""
 
     config: PretrainConfig
+    """Of the stage that it is in."""
     schedules: Schedules
+    """Of the whole run."""
     student: CropNetwork
     teacher: CropNetwork
     objective: Objective
@@ -65,8 +70,20 @@ class TrainState:
     device: torch.device
     scaler: torch.amp.GradScaler
     """Of the loss, for fp16; does nothing at other precisions."""
+    stages: tuple[Stage, ...]
+    """Of the whole run, which mostly has one."""
+    num_samples: int
+    """Images of an epoch."""
+    frozen_teacher: CropNetwork | None = None
+    """Where targets come from a checkpoint: its teacher, in evaluation mode."""
+    frozen_digest: str | None = None
+    """Of its weights."""
+    own_backbone: nn.Module | None = None
+    """What `create` was given in place of a timm model."""
     step: int = 0
     """The next update."""
+    stage: int = 0
+    """Which of the stages it is in; at the end of one it is still in that, until `enter_stage`."""
 
     @classmethod
     def create(
@@ -96,7 +113,8 @@ class TrainState:
                 f"{world_size()}"
                 + (f" times pretrain.accumulate_steps = {config.accumulate_steps}" * (config.accumulate_steps > 1))
             )
-        schedules = build_schedules(config, num_samples)
+        schedules, stages = build_schedules(config, num_samples), stages_of(config, num_samples)
+        config = stages[0].config
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(config.seed)
             student = build_student(config, backbone)
@@ -111,7 +129,42 @@ class TrainState:
             parallel = DistributedDataParallel(student, gradient_as_bucket_view=True)
         optimizer = build_optimizer(config.optim, student)
         scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
-        return cls(config, schedules, student, teacher, objective, optimizer, parallel, device, scaler)
+        frozen, digest = None, None
+        if config.teacher.checkpoint is not None:
+            frozen = load_frozen_teacher(config, student).to(device)
+            digest = teacher_digest(config.teacher.checkpoint)
+        return cls(
+            *(config, schedules, student, teacher, objective, optimizer, parallel, device, scaler),
+            *(stages, num_samples, frozen, digest, backbone),
+        )
+
+    @property
+    def target_network(self) -> CropNetwork:
+        """What gives the targets: the frozen teacher where there is one."""
+        return self.teacher if self.frozen_teacher is None else self.frozen_teacher
+
+    def enter_stage(self, index: int) -> None:
+        """Build networks and optimiser for another stage of the run, in place; every rank of a process group calls it.
+
+        Student, teacher, centres and queue go on, with position embeddings interpolated for the stage's crops. The
+        optimiser begins anew, as DINOv2's high-resolution phase does, which is a training of its own from the weights:
+        moments of interpolated embeddings would be averages of no gradients, and the warm-up of the stage's learning
+        rate is what new moments need.
+        """
+        if index == self.stage:
+            return
+        self.optimizer.state.clear()  # its memory is needed for what is built
+        self.optimizer.zero_grad(set_to_none=True)
+        new = TrainState.create(self.stages[index].config, self.num_samples, self.device, backbone=self.own_backbone)
+        carry_over(self.student, new.student)
+        carry_over(self.teacher, new.teacher)
+        new.objective.load_state_dict(self.objective.state_dict())
+        if self.scaler.is_enabled():
+            new.scaler.load_state_dict(self.scaler.state_dict())
+        self.config, self.student, self.teacher, self.objective = new.config, new.student, new.teacher, new.objective
+        self.frozen_teacher = new.frozen_teacher
+        self.optimizer, self.parallel_student, self.scaler = new.optimizer, new.parallel_student, new.scaler
+        self.stage = index
 
     def autocast(self) -> torch.autocast:
         """What forward passes run under."""
@@ -150,7 +203,7 @@ def train_step(state: TrainState, crops: CropBatch, *, diagnose: bool = True) ->
 
     state.scaler.unscale_(state.optimizer)
     optim, heads = config.optim, (state.student.head, state.student.patch_head)
-    frozen = step < schedules.freeze_last_layer_steps
+    frozen = schedules.last_layer_is_frozen(step)
     cancelled = frozen and optim.freeze_last_layer_by == "gradient"
     if cancelled and not optim.clip_before_freeze:
         cancel_last_layer_gradients_(*heads)
@@ -226,7 +279,10 @@ def train(
     Calls, all with the state between two updates:
       `on_log(step, metrics)` every `log_every_steps` and for the last step, besides for every evaluation;
       `evaluate(state)` before step 0, every `eval.every_steps` and after the last step (logged at the step to come);
-      `on_checkpoint(state)` every `checkpoint_every_steps` and at the end, before the last evaluation.
+      `on_checkpoint(state)` every `checkpoint_every_steps`, after each stage, and at the end, before the last
+        evaluation.
+
+    A stage is entered before anything else is done with the state at its first step, whose batch has its crops.
 
     A state that is already at the end is checkpointed and evaluated. Whatever happens, `batches` is closed if it is an
     iterator that can be.
@@ -245,6 +301,9 @@ def train(
     clock = _Clock(config.batch_size)
     try:
         while state.step < total:
+            if state.step == state.stages[state.stage].stop:
+                with clock.paused():
+                    state.enter_stage(state.stage + 1)
             if evaluate is not None and _is_due(state.step, config.eval.every_steps, at_start=True):
                 with clock.paused():
                     on_log(state.step, evaluate(state))
@@ -255,7 +314,8 @@ def train(
             clock.num_steps += 1
             if log_now:
                 on_log(step, _to_floats(metrics) | _schedule_metrics(state, step) | clock.read())
-            if state.step < total and _is_due(state.step, config.checkpoint_every_steps):
+            ended = state.step == state.stages[state.stage].stop
+            if state.step < total and (ended or _is_due(state.step, config.checkpoint_every_steps)):
                 on_checkpoint(state)
     finally:
         close = getattr(iterator, "close", None)  # generators and data loaders' iterators have it, others need none
@@ -278,6 +338,7 @@ def _to_floats(metrics: dict[str, Tensor]) -> dict[str, float]:
 def _schedule_metrics(state: TrainState, step: int) -> dict[str, float]:
     schedules = state.schedules
     patches = {"train/patch_temp": schedules.patch_temp(step)} if state.config.ibot.weight else {}
+    stage = {"train/stage": state.stage + 1} if len(state.stages) > 1 else {}
     return {
         "train/lr": schedules.lr(step),
         "train/weight_decay": schedules.weight_decay(step),
@@ -285,6 +346,7 @@ def _schedule_metrics(state: TrainState, step: int) -> dict[str, float]:
         "train/teacher_temp": schedules.teacher_temp(step),
         "train/epoch": step / schedules.steps_per_epoch,
         **patches,
+        **stage,
     }
 
 

@@ -70,6 +70,14 @@ def dotted(settings: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
+def parse_yaml(text: str) -> Any:
+    """A value that is written in YAML, such as a list. Raises ConfigError."""
+    try:
+        return _read_yaml(text)
+    except (yaml.YAMLError, RecursionError, ValueError, _GivenTwice) as error:
+        raise ConfigError(f"cannot be read: {' '.join(str(error).split())}") from None
+
+
 class _GivenTwice(Exception):
     def __init__(self, key: str) -> None:
         super().__init__(f"{key}: given twice")

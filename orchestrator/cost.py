@@ -58,7 +58,7 @@ class StepCost:
     head: int
     """Parameters of the student's head, or heads."""
     weights: int
-    """Bytes: student, its gradients, the optimiser's moments, teacher, queue of negatives."""
+    """Bytes: student, its gradients, the optimiser's moments, teacher, frozen teacher, queue of negatives."""
     activations: int
     """Bytes that autograd holds between the student's forward and backward pass, in fp32."""
     logits: int
@@ -80,7 +80,8 @@ def cost_key(config: RunConfig) -> tuple[object, ...]:
     sizes = (pretrain.batch_size, pretrain.accumulate_steps, pretrain.loss, pretrain.optim.name, pretrain.precision)
     shapes = (crops.num_local_crops, crops.global_size, crops.local_size, config.cluster.num_workers)
     patches = (pretrain.ibot, pretrain.mask, pretrain.teacher.centering) if pretrain.ibot.weight else ()
-    parts = (pretrain.model, pretrain.head, pretrain.predictor, pretrain.teacher.stop_gradient)
+    teacher = (pretrain.teacher.stop_gradient, pretrain.teacher.checkpoint)
+    parts = (pretrain.model, pretrain.head, pretrain.predictor, *teacher)
     return (*parts, *sizes, *shapes, *patches)
 
 
@@ -88,17 +89,22 @@ def measure(config: RunConfig) -> StepCost:
     """Build the run's networks on torch's meta device and count. Raises ConfigError if model and crops do not fit."""
     import torch
 
+    from dino_core.distillation import build_frozen_teacher
     from dino_core.networks import build_student, build_teacher
     from dino_core.objectives import Objective
+    from orchestrator.runs import with_teacher
 
-    pretrain = config.pretrain
+    pretrain = with_teacher(config).pretrain
     with torch.device("meta"):
         student = build_student(pretrain)
-        teacher = build_teacher(student, pretrain)
+        teacher = targets_from = build_teacher(student, pretrain)
+        if pretrain.teacher.checkpoint is not None:
+            targets_from = build_frozen_teacher(pretrain, student)
         objective = Objective(student.head.out_dim, pretrain)
     backbone = sum(p.numel() for p in student.backbone.parameters())
     everything = sum(p.numel() for p in student.parameters())
     of_teacher = sum(p.numel() for p in teacher.parameters())
+    frozen = 0 if targets_from is teacher else sum(p.numel() for p in targets_from.parameters())
     heads = [part for part in (student.head, student.patch_head) if part is not None]
     head = sum(p.numel() for part in heads for p in part.parameters())
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
@@ -114,12 +120,12 @@ def measure(config: RunConfig) -> StepCost:
     num_masked = 0 if masks is None else len(masks.rows)
     of_patches = student.head_of_patches.out_dim * num_masked * (3 + 2 * pretrain.accumulate_steps)
     num_compared = num_outputs if student.class_outputs else 0
-    activations, flops = _one_step(student, teacher, objective, pretrain, per_pass, masks)
+    activations, flops = _one_step(student, teacher, targets_from, objective, pretrain, per_pass, masks)
     kept = everything + of_teacher + trained * MOMENTS[pretrain.optim.name] + queue
     return StepCost(
         backbone=backbone,
         head=head,
-        weights=_FLOAT * (kept + trained),
+        weights=_FLOAT * (kept + trained + frozen),
         activations=activations,
         # student, of one pass: logits, log-softmax, gradient; teacher, of the whole batch: logits, softmax
         # and for info_nce the similarities, their exponentials and gradient
@@ -139,10 +145,12 @@ def _masks(student: CropNetwork, config: PretrainConfig, num_images: int) -> Mas
     import numpy as np
     import torch
 
-    from dino_core.masking import Masks, draw_masks
+    from dino_core.masking import Masks, all_patches, draw_masks
 
     if student.grid is None:
         return None
+    if config.ibot.patches == "all":
+        return all_patches(student.grid, num_images, config.ibot.divisor).part(0, num_images, torch.device("meta"))
     images = np.arange(num_images)
     found = draw_masks(config.mask, student.grid, seed=config.seed, step=0, batch_size=num_images, images=images)
     return Masks(found, config.ibot.divisor).part(0, num_images, torch.device("meta"))
@@ -151,6 +159,7 @@ def _masks(student: CropNetwork, config: PretrainConfig, num_images: int) -> Mas
 def _one_step(
     student: CropNetwork,
     teacher: CropNetwork,
+    targets_from: CropNetwork,
     objective: Objective,
     config: PretrainConfig,
     num_images: int,
@@ -186,11 +195,11 @@ def _one_step(
             return
         with torch.no_grad():
             if masks is None:
-                outputs = teacher([groups[0]])
+                outputs = targets_from([groups[0]])
             else:
-                outputs, tokens = teacher.look_at_patches(groups[0], masks)
+                outputs, tokens = targets_from.look_at_patches(groups[0], masks)
                 if objective.patch_centering == "center" and config.ibot.center_over == "all":
-                    teacher.embed_patches(tokens.flatten(0, 1))
+                    targets_from.embed_patches(tokens.flatten(0, 1))
             if outputs.crops is not None:
                 targets["class"] = objective.targets(outputs.crops.unflatten(0, (-1, num_images)), _TEMP)
             if outputs.patches is not None:

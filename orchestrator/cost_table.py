@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from dino_core.stages import stages_of
 from orchestrator.calibrate import calibrate, check_can_calibrate
 from orchestrator.config import DataConfig, RunConfig
 from orchestrator.cost import StepCost, cost_key, measure
@@ -48,12 +49,14 @@ class CostTable:
 
     kinds: tuple[Kind, ...]
     order: tuple[int, ...]
-    """The kind of each run that was counted, in the order in which they start."""
+    """The kind of each run that was counted, in the order in which they start. Each stage is one of its own."""
     num_runs: int
-    """All runs, of which those in `order` were counted."""
+    """All runs, of which those in `order` were counted; a run of several stages counts as that many."""
     num_kinds: int
     gpu: Gpu | None
     """What `Kind.rate` is about, where that was assumed."""
+    num_folders: int
+    """Runs, whatever their stages: each keeps its checkpoints."""
 
     @classmethod
     def of(
@@ -64,25 +67,29 @@ class CostTable:
         measure_steps: bool = False,
         write: Callable[[str], None] = print,
     ) -> CostTable:
-        """Count (name, configuration, steps) of all runs; `measure_steps` also takes a few steps of each kind here.
+        """Count (name, configuration, steps) of all runs, each of their stages for itself; `measure_steps` also takes a
+        few steps of each kind here.
 
         Raises:
             ConfigError: A model cannot be built, or the runs cannot be measured here.
         """
         if measure_steps:
             check_can_calibrate(runs[0][1])
+        num_folders = len(runs)
+        parts = [part for run in runs for part in _stages(*run, sources)]
         places: dict[tuple[object, ...], list[int]] = {}
-        for place, (_, config, steps) in enumerate(runs):
-            places.setdefault((*cost_key(config), config.data, config.pretrain.eval, steps), []).append(place)
+        for place, (_, config, stage) in enumerate(parts):
+            key = (*cost_key(config), config.data, config.pretrain.eval, stage)
+            places.setdefault(key, []).append(place)
         groups = _spread(list(places.values()), MAX_KINDS)
         costs: dict[tuple[object, ...], StepCost] = {}
         kinds = []
         for group in groups:
-            name, config, steps = runs[group[0]]
+            name, config, (start, stop, ends) = parts[group[0]]
             key = cost_key(config)
             if key not in costs:
                 costs[key] = measure(config)
-            amount = Amount.of(config, sources[config.data], steps, costs[key])
+            amount = Amount.of(config, sources[config.data], stop - start, costs[key], start=start, ends=ends)
             kinds.append(Kind(name, config, amount, costs[key], len(group)))
         kind_of = {place: index for index, group in enumerate(groups) for place in group}
         order = tuple(kind_of[place] for place in sorted(kind_of))
@@ -91,7 +98,7 @@ class CostTable:
             kinds = _measured(kinds, sources, write)
         elif runs[0][1].cluster.use_gpu and (gpu := gpu_called(gpu_here() or "")) is not None:
             kinds = [replace(kind, rate=assumed_rate(kind.config, kind.cost, gpu)) for kind in kinds]
-        return cls(tuple(kinds), order, len(runs), len(places), gpu)
+        return cls(tuple(kinds), order, len(parts), len(places), gpu, num_folders)
 
     @property
     def largest(self) -> Kind:
@@ -162,7 +169,7 @@ class CostTable:
             lines |= self._hours_elsewhere()
         else:
             lines[f"{word}-hours"] = f"{bound}{hours:,.3g}, {self._source()}"
-            if len(self.order) > 1 or at_once > 1:
+            if self.num_folders > 1 or at_once > 1:
                 wall = self._wall_hours(at_once, here=here)
                 lines["wall time"] = f"{bound}{hours_in_words(wall)} with {number_of(at_once, 'trial')} at once"
             else:
@@ -183,7 +190,7 @@ class CostTable:
         if self.config.cluster.use_gpu:
             memory = _memory_of_visible_gpu() if here else None
         runs = {kind.name: (kind.config, kind.cost, kind.rate.peak_bytes if kind.rate else None) for kind in self.kinds}
-        found = what_does_not_fit(runs, at_once, memory, on_this_machine=here, num_trials=folders * self.num_runs)
+        found = what_does_not_fit(runs, at_once, memory, on_this_machine=here, num_trials=folders * self.num_folders)
         if self.config.cluster.use_gpu and memory is None:
             small = [gpu.name for gpu in GPUS if gpu.memory_gb * 1e9 < self.largest.cost.total]
             if small:
@@ -227,6 +234,23 @@ class CostTable:
             lines["core-hours"] = "not known before they are measured: --calibrate takes a few steps here"
             lines["GPU-hours"] = f"if it ran on GPUs: {lines['GPU-hours']}"
         return lines
+
+
+def _stages(
+    name: str, config: RunConfig, steps: int, sources: Mapping[DataConfig, Source]
+) -> list[tuple[str, RunConfig, tuple[int, int, bool]]]:
+    """A run, or each of its stages: name, configuration, first step, the step behind its last, whether the run ends."""
+    if not config.pretrain.stages:
+        return [(name, config, (0, steps, True))]
+    stages = stages_of(config.pretrain, sources[config.data].num_samples)
+    return [
+        (
+            f"{name}, stage {stage.index + 1}",
+            replace(config, pretrain=stage.config),
+            (stage.start, stage.stop, stage.stop == steps),
+        )
+        for stage in stages
+    ]
 
 
 def _spread(groups: list[list[int]], most: int) -> list[list[int]]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from dino_core.schedules import build_schedules
+from dino_core.stages import stages_of
 from orchestrator.config import RunConfig
 from orchestrator.cost import MOMENTS, StepCost
 from orchestrator.cost_table import CostTable, bytes_in_words, number_of
@@ -50,6 +51,7 @@ def print_run(config: RunConfig, recipe: str, write: Callable[[str], None] = pri
         "needs": _demand(config),
         "data": source.describe(),
         "steps": f"{steps:,} = {steps / schedules.steps_per_epoch:,.4g} epochs",
+        **_stage_lines(config, source.num_samples),
         "images": f"{steps * config.pretrain.batch_size:,}, {_crops([config])}",
         "learning rate": f"{schedules.peak_lr:g} at its peak",
         **_size_lines(config, table.largest.cost),
@@ -98,6 +100,18 @@ def print_sweep(
     _print_lines("Plan", lines, write)
     write("")
     _print_cost(sweep, table, [trial.config for trial in trials], sum(steps) / len(steps), write)
+
+
+def _stage_lines(config: RunConfig, num_samples: int) -> dict[str, str]:
+    """What is other in each stage of a run that has several."""
+    if not config.pretrain.stages:
+        return {}
+    set_by = [{"crops.global_size": config.pretrain.crops.global_size}, *flatten(config)["pretrain.stages"]]
+    lines = {}
+    for stage, changes in zip(stages_of(config.pretrain, num_samples), set_by, strict=True):
+        shown = ", ".join(f"{key}={show_value(value)}" for key, value in changes.items() if key != "steps")
+        lines[f"  stage {stage.index + 1}"] = f"steps {stage.start:,} to {stage.stop - 1:,}: {shown or 'no change'}"
+    return lines
 
 
 def _scheduler(sweep: Sweep, trials: Sequence[Trial], steps: int) -> str:
@@ -204,6 +218,8 @@ def show_value(value: Any) -> str:
     """A value as it would be given on the command line."""
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(map(show_value, value)) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name}: {show_value(element)}" for name, element in value.items()) + "}"
     if isinstance(value, bool) or value is None:
         return str(value).lower()
     return show(value)

@@ -51,15 +51,20 @@ class Amount:
     flops: float
 
     @classmethod
-    def of(cls, config: RunConfig, source: Source, steps: int, cost: StepCost) -> Amount:
+    def of(
+        cls, config: RunConfig, source: Source, steps: int, cost: StepCost, *, start: int = 0, ends: bool = True
+    ) -> Amount:
+        """Of the `steps` steps from `start` on, with which the run `ends` or goes on in another stage."""
         images = steps * config.pretrain.batch_size
-        evaluated = _num_evaluations(config, source, steps) * _images_of_evaluation(config, source)
+        evaluated = _num_evaluations(config, start, start + steps, ends) * _images_of_evaluation(config, source)
         return cls(steps, images, evaluated, images * cost.flops.total + evaluated * cost.flops.backbone)
 
 
-def _num_evaluations(config: RunConfig, source: Source, steps: int) -> int:
+def _num_evaluations(config: RunConfig, start: int, stop: int, ends: bool) -> int:
+    """Before the first step of the run, between its steps, and after the last."""
     every = config.pretrain.eval.every_steps
-    return 2 + ((steps - 1) // every if every else 0)
+    between = (stop - 1) // every - max(0, start - 1) // every if every else 0
+    return (start == 0) + between + ends
 
 
 def _images_of_evaluation(config: RunConfig, source: Source) -> int:

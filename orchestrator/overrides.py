@@ -37,6 +37,11 @@ class Key:
     item: dataclasses.Field[Any]
 
     @property
+    def is_needed(self) -> bool:
+        """Whether there is no default."""
+        return self.item.default is dataclasses.MISSING and self.item.default_factory is dataclasses.MISSING
+
+    @property
     def allowed(self) -> str:
         """What a value must be, in words, such as `a number > 0`."""
         limits = allowed_range(self.item)
@@ -66,9 +71,22 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
         value = getattr(config, item.name)
         if dataclasses.is_dataclass(value):
             flat |= flatten(value, f"{prefix}{item.name}.")
+        elif isinstance(value, tuple) and (not value or dataclasses.is_dataclass(value[0])) and _listed(item):
+            flat[prefix + item.name] = [_of_element(element) for element in value]
         else:
             flat[prefix + item.name] = value
     return flat
+
+
+def _listed(item: dataclasses.Field[Any]) -> bool:
+    """Whether a field is a list of groups of settings, `tuple[StageConfig, ...]`; its type is text here."""
+    return item.metadata.get("listed", False)
+
+
+def _of_element(element: Any) -> dict[str, Any]:
+    """What one group of a list sets, as JSON can hold it."""
+    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in flatten(element).items()}
+    return {key: value for key, value in plain.items() if value is not None}
 
 
 def override(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
@@ -105,6 +123,12 @@ def check_values(keys: Mapping[str, Key], changes: Mapping[str, Any]) -> tuple[d
         if key not in keys:
             problems.append(unknown_key(key, keys))
             continue
+        if _listed(keys[key].item):
+            elements, lines = _check_list(key, keys[key], value)
+            problems += lines
+            if not lines:
+                typed[key] = [_of_element(element) for element in elements]
+            continue
         try:
             result = _coerce(keys[key].kind, value)
         except ValueError:
@@ -115,6 +139,48 @@ def check_values(keys: Mapping[str, Key], changes: Mapping[str, Any]) -> tuple[d
         else:
             problems.append(f"{key} = {show(value)}: must be {keys[key].allowed}")
     return typed, problems
+
+
+def _check_list(name: str, key: Key, value: Any) -> tuple[tuple[Any, ...], list[str]]:
+    """A list of groups of settings, from groups, mappings with nested or dotted keys, or text in YAML."""
+    from orchestrator.config_file import dotted, parse_yaml  # imports yaml, which few values need
+
+    kind = get_args(key.kind)[0]
+    wrong = f"{name} = {show(value)}: must be {key.allowed}"
+    try:
+        value = parse_yaml(value) if isinstance(value, str) and not _is_none(value) else value
+    except ConfigError:
+        return (), [wrong]
+    value = [] if _is_none(value) else value
+    if not isinstance(value, (list, tuple)) or not all(isinstance(item, (Mapping, kind)) for item in value):
+        return (), [wrong]
+    elements, problems = [], []
+    for place, item in enumerate(value):
+        where = f"{name}[{place}]."
+        try:
+            given = _of_element(item) if isinstance(item, kind) else dotted(item)
+        except ConfigError as error:
+            problems.append(where + str(error))
+            continue
+        keys = config_keys(kind, where)
+        typed, lines = check_values(keys, {where + inner: element for inner, element in given.items()})
+        missing = [key for key, known in keys.items() if known.is_needed and key not in typed]
+        lines += [f"{key}: is missing, must be {keys[key].allowed}" for key in missing if not lines]
+        problems += lines
+        if not lines:
+            elements.append(_build(kind, typed, where))
+    return tuple(elements), problems
+
+
+def _build(kind: Any, values: Mapping[str, Any], prefix: str) -> Any:
+    """A configuration class from the values below a prefix, each of which was checked."""
+    hints, arguments = get_type_hints(kind), {}
+    for item in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(hints[item.name]):
+            arguments[item.name] = _build(hints[item.name], values, f"{prefix}{item.name}.")
+        elif prefix + item.name in values:
+            arguments[item.name] = values[prefix + item.name]
+    return kind(**arguments)
 
 
 def takes_numbers(key: Key) -> bool:
@@ -204,9 +270,14 @@ def _rebuild(part: C, values: Mapping[str, Any], prefix: str, problems: list[str
     changed = {}
     for item in dataclasses.fields(part):  # type: ignore[arg-type]
         key, old = prefix + item.name, getattr(part, item.name)
-        new = (
-            _rebuild(old, values, f"{key}.", problems, lost) if dataclasses.is_dataclass(old) else values.get(key, old)
-        )
+        new: Any
+        if dataclasses.is_dataclass(old):
+            new = _rebuild(old, values, f"{key}.", problems, lost)
+        elif _listed(item) and key in values:
+            elements, _ = _check_list(key, config_keys()[key], values[key])
+            new = old if elements == old else elements
+        else:
+            new = values.get(key, old)
         if new is not old:
             changed[item.name] = new
     if not changed:
@@ -237,6 +308,9 @@ def _describe(kind: Any) -> list[str]:
             words.append("one of " + ", ".join(map(str, get_args(member))))
         elif get_origin(member) is tuple:
             kinds = get_args(member)
+            if dataclasses.is_dataclass(kinds[0]):
+                words.append(f"a list with the settings of each stage, such as {_EXAMPLE}")
+                continue
             if kinds[-1] is ...:
                 words.append(_several(kinds[0]))
                 continue
@@ -254,6 +328,7 @@ def _several(kind: Any) -> str:
     return {int: "whole numbers", float: "numbers"}.get(kind, "names") + " with commas between them"
 
 
+_EXAMPLE = "[{steps: 10000, crops.global_size: 448}]"
 _WORDS: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 

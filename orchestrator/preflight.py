@@ -9,8 +9,11 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from dino_core.backbone_names import check_backbone_name, setting_problems, sizing
-from dino_core.config import ConfigError
+from dino_core.config import ConfigError, CropsConfig
+from dino_core.config_stages import config_of_stage
+from dino_core.distillation import check_teacher
 from dino_core.schedules import build_schedules
+from dino_core.stages import stages_of
 from orchestrator.config import DataConfig, RunConfig
 from orchestrator.ray_cluster import Capacity, check_fits_before_start
 
@@ -32,11 +35,18 @@ def model_problems(config: RunConfig) -> list[str]:
     if kind.multiples_of_patch:
         named = re.search(r"patch(\d+)", model.backbone)
         patch = model.patch_size or (int(named[1]) if named else 1)
-        for name in ("global_size", "local_size") if crops.num_local_crops else ("global_size",):
-            size = getattr(crops, name)
+        sizes = [(f"pretrain.crops.{name}", getattr(crops, name)) for name in _sizes_used(crops)]
+        for place, stage in enumerate(config.pretrain.stages):
+            own = config_of_stage(config.pretrain, stage, 1.0).crops
+            sizes += [(f"pretrain.stages[{place}].crops.{name}", getattr(own, name)) for name in _sizes_used(own)]
+        for key, size in sizes:
             if size % patch:
-                problems.append(f"pretrain.crops.{name} = {size}: must be a multiple of the patch size {patch}")
+                problems.append(f"{key} = {size}: must be a multiple of the patch size {patch}")
     return problems
+
+
+def _sizes_used(crops: CropsConfig) -> tuple[str, ...]:
+    return ("global_size", "local_size") if crops.num_local_crops else ("global_size",)
 
 
 def check_launcher(config: RunConfig) -> None:
@@ -77,6 +87,8 @@ def open_sources(
             if config.data in sources:
                 notes += build_schedules(config.pretrain, sources[config.data].num_samples).notes
                 index_plan(config, sources[config.data].train)
+                _check_teacher(config)
+                _check_stages(config, sources[config.data].num_samples)
         except ConfigError as error:
             problems.append(str(error))
     if problems:
@@ -84,6 +96,22 @@ def open_sources(
     for note in dict.fromkeys(notes) if opened is None else ():
         logger.warning(note)
     return sources
+
+
+def _check_teacher(config: RunConfig) -> None:
+    """Raise ConfigError if there is no frozen teacher where one is named, or it does not fit the student."""
+    if config.pretrain.teacher.checkpoint is not None:
+        from orchestrator.runs import with_teacher  # imports what few runs need
+
+        check_teacher(with_teacher(config).pretrain)
+
+
+def _check_stages(config: RunConfig, num_samples: int) -> None:
+    """Raise ConfigError if the networks of one stage cannot go on in the next; imports torch if there are several."""
+    if config.pretrain.stages:
+        from dino_core.resolution import check_stages
+
+        check_stages(stages_of(config.pretrain, num_samples))
 
 
 def _check_fits(config: RunConfig) -> None:

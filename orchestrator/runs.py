@@ -147,10 +147,32 @@ def length_in_words(record: RunRecord) -> str:
     return f"{steps:,.0f} steps = {steps / per_epoch:,.4g} epochs of {record.derived['num_samples']:,.0f} images"
 
 
+def with_teacher(config: RunConfig) -> RunConfig:
+    """The same run, with the checkpoint itself where `pretrain.teacher.checkpoint` names a run.
+
+    Raises:
+        ConfigError: there is none, or not a whole one.
+    """
+    from dino_core.distillation import read_teacher_config
+    from orchestrator.export import find_checkpoints, newest_whole  # imports this module
+
+    name = config.pretrain.teacher.checkpoint
+    if name is None:
+        return config
+    if Path(name).is_file():
+        read_teacher_config(name)  # says what is wrong with that
+    try:
+        found = str(newest_whole(name, find_checkpoints(name, config.cluster.storage)))
+    except ConfigError as error:
+        raise ConfigError(f"pretrain.teacher.checkpoint = {name}: {error}") from error
+    return override(config, {"pretrain.teacher.checkpoint": found})
+
+
 def with_absolute_paths(config: RunConfig) -> RunConfig:
     """The same run, wherever its processes stand: relative paths are taken from here."""
     from orchestrator.data.sources import TORCHVISION, absolute_source  # imports numpy
 
+    config = with_teacher(config)
     source, cache = config.data.source, config.cluster.decoded_cache_dir
     changes = {
         "cluster.storage": str(Path(config.cluster.storage).resolve()),

@@ -11,7 +11,7 @@ import json
 import time
 from collections.abc import Callable, Generator
 from contextlib import closing, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -113,13 +113,10 @@ def _train(run_dir: Path, config: RunConfig, place: Place, report: Report, began
         prune_checkpoints,
         save_checkpoint,
     )
-    from dino_core.crops import MultiCrop
     from dino_core.train import TrainState, train
     from orchestrator.data.bad_samples import BadSampleLog
     from orchestrator.data.loaders import make_loader
     from orchestrator.data.sources import open_source
-    from orchestrator.evaluation import make_evaluate
-    from orchestrator.pictures import Pictures
 
     pretrain = config.pretrain
     source = open_source(config.data)
@@ -133,7 +130,6 @@ def _train(run_dir: Path, config: RunConfig, place: Place, report: Report, began
         newest = checkpoint_path(run_dir.parent / record.segment.parent / CHECKPOINTS_DIR, record.segment.start_step)
     if newest is not None:
         load_checkpoint(state, newest)
-    crops = MultiCrop(pretrain.crops, pretrain.seed)
     bad = BadSampleLog(run_dir, source.train, config.data)
     clock = RunClock(run_dir if place.rank == 0 else None, config.cluster.num_devices, began)
     journal = Journal(run_dir) if place.rank == 0 else None
@@ -164,12 +160,9 @@ def _train(run_dir: Path, config: RunConfig, place: Place, report: Report, began
                 prune_checkpoints(checkpoints, config.cluster.keep_checkpoints)
 
     try:
-        with closing(_batches(config, source, loader, crops, state, record.last_step, place)) as batches:
-            finished = (crops.finish(bad.note(batch), place.device) for batch in clock.waiting_for(batches))
-            evaluate = make_evaluate(config, source, digest)
-            if pretrain.eval.num_pictures:
-                pictures = Pictures(config, source, loader, run_dir) if place.rank == 0 else None
-                evaluate = _with_pictures(evaluate, pictures)
+        with closing(_batches(config, source, loader, state, record.last_step, place)) as batches:
+            finished = (crops.finish(bad.note(batch), place.device) for crops, batch in clock.waiting_for(batches))
+            evaluate = _evaluation(config, source, loader, run_dir, digest, place)
             if evaluate is not None:
                 evaluate = _timed(evaluate, clock, place, record.last_step)
             clock.started()
@@ -189,6 +182,33 @@ def _train(run_dir: Path, config: RunConfig, place: Place, report: Report, began
     finally:
         if journal is not None:
             journal.close()
+
+
+def _evaluation(
+    config: RunConfig, source: Source, loader: Loader, run_dir: Path, digest: str | None, place: Place
+) -> Evaluate | None:
+    """What is evaluated and drawn, with the crops of the stage that the state is in; None if nothing is."""
+    from orchestrator.evaluation import make_evaluate
+    from orchestrator.pictures import Pictures
+
+    def of(config: RunConfig) -> Evaluate | None:
+        evaluate = make_evaluate(config, source, digest)
+        if not config.pretrain.eval.num_pictures:
+            return evaluate
+        return _with_pictures(evaluate, Pictures(config, source, loader, run_dir) if place.rank == 0 else None)
+
+    if not config.pretrain.stages:
+        return of(config)
+    made: dict[int, Evaluate | None] = {}
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        if state.stage not in made:
+            made.clear()  # with the images that it keeps
+            made[state.stage] = of(replace(config, pretrain=state.config))
+        of_stage = made[state.stage]
+        return of_stage(state) if of_stage is not None else {}
+
+    return evaluate
 
 
 def _timed(evaluate: Evaluate, clock: RunClock, place: Place, last_step: int) -> Evaluate:
@@ -234,30 +254,35 @@ def _same_on_all_ranks(found: Found, place: Place) -> Found:
 
 
 def _batches(
-    config: RunConfig,
-    source: Source,
-    loader: Loader,
-    crops: MultiCrop,
-    state: TrainState,
-    stop_step: int,
-    place: Place,
-) -> Generator[Batch]:
-    """This worker's rows of every global batch from the state's step on; by Ray Data wherever there is Ray."""
+    config: RunConfig, source: Source, loader: Loader, state: TrainState, stop_step: int, place: Place
+) -> Generator[tuple[MultiCrop, Batch]]:
+    """This worker's rows of every global batch from the state's step on, each with what has made its crops; by Ray Data
+    wherever there is Ray. Every stage has a stream of its own, which begins when that before it has ended."""
+    from dino_core.crops import MultiCrop
     from orchestrator.data.plan import index_plan
     from orchestrator.data.shelf import find_shelf
     from orchestrator.data.stream import Batches, local_batches, ray_batches
 
-    batches = Batches(
-        split=source.train,
-        loader=loader,
-        crops=crops,
-        plan=index_plan(config, source.train),
-        start_step=state.step,
-        stop_step=stop_step,
-        rank=place.rank,
-        world_size=place.world,
-    )
     share = max(1, config.cluster.data_cpus // place.world)
-    if place.launcher == "local":
-        return local_batches(batches, num_threads=share)
-    return ray_batches(batches, data_cpus=share, shelf=find_shelf(config, place.rank, ahead=share))
+    for stage in state.stages:
+        start, stop = max(state.step, stage.start), min(stop_step, stage.stop)
+        if start >= stop:
+            continue
+        own = replace(config, pretrain=stage.config)
+        batches = Batches(
+            split=source.train,
+            loader=loader,
+            crops=MultiCrop(own.pretrain.crops, own.pretrain.seed),
+            plan=index_plan(own, source.train),
+            start_step=start,
+            stop_step=stop,
+            rank=place.rank,
+            world_size=place.world,
+        )
+        if place.launcher == "local":
+            stream = local_batches(batches, num_threads=share)
+        else:
+            stream = ray_batches(batches, data_cpus=share, shelf=find_shelf(own, place.rank, ahead=share))
+        with closing(stream):
+            for batch in stream:
+                yield batches.crops, batch

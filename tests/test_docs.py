@@ -13,7 +13,7 @@ from typing import Any, get_type_hints
 
 import pytest
 
-from dino_core.config import CheckedConfig
+from dino_core.config import CheckedConfig, StageConfig
 from orchestrator.config import RunConfig
 from orchestrator.dry_run import show_value
 from orchestrator.evaluate.settings import FeaturesConfig
@@ -21,6 +21,7 @@ from orchestrator.evaluate.suite import SUITES, load_suite
 from orchestrator.overrides import Key, config_keys
 from orchestrator.sweep import Sweep, setting_keys
 
+STAGE = "pretrain.stages[]."
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
 
 INTRODUCTION = """\
@@ -74,12 +75,18 @@ def section(prefix: str, part: type, keys: dict[str, Key]) -> str:
     header = ["key", "default", "allowed", "meaning", *(["DINO", "DINOv2"] if elsewhere else [])]
     rows = []
     for key, item in fields:
-        row = [f"`{key}`", f"`{show_value(item.default)}`", keys[key].allowed, meanings[key]]
+        row = [f"`{key}`", _default(item, keys[key]), keys[key].allowed, meanings[key]]
         rows.append([*row, *(map(_code, elsewhere.get(key, ("-", "-"))) if elsewhere else ())])
     lines = [header, ["---"] * len(header), *rows]
     table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
     summary = " ".join((inspect.getdoc(part) or "").split("\n\n")[0].split())
     return f"## {prefix.rstrip('.')}\n\n{summary}\n\n{table}\n"
+
+
+def _default(item: dataclasses.Field[Any], key: Key) -> str:
+    if key.is_needed:
+        return "must be given"
+    return "`[]`" if item.default == () else f"`{show_value(item.default)}`"
 
 
 def _code(name: str) -> str:
@@ -94,13 +101,15 @@ def parts_of_evaluate() -> list[tuple[str, type]]:
 
 def page() -> str:
     sections = [section(prefix, part, config_keys()) for prefix, part in parts(RunConfig, "")]
+    sections += [section(prefix, part, config_keys(StageConfig, STAGE)) for prefix, part in parts(StageConfig, STAGE)]
     sections.append(section("sweep.", Sweep, setting_keys()))
     sections += [section(prefix, part, config_keys(part, prefix)) for prefix, part in parts_of_evaluate()]
     return "\n".join([INTRODUCTION, *filter(None, sections)])
 
 
 def all_parts() -> list[type]:
-    return [part for _, part in [*parts(RunConfig, ""), ("sweep.", Sweep), *parts_of_evaluate()]]
+    configs = [*parts(RunConfig, ""), *parts(StageConfig, STAGE)]
+    return [part for _, part in [*configs, ("sweep.", Sweep), *parts_of_evaluate()]]
 
 
 @pytest.mark.parametrize("part", all_parts(), ids=lambda part: part.__name__)

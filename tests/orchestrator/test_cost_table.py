@@ -42,6 +42,24 @@ def test_runs_that_cost_the_same_are_one_kind() -> None:
     assert lines["GPU-hours"].startswith("if it ran on GPUs: H200 ")
 
 
+def test_the_stages_of_a_run_add_up() -> None:
+    stages = [{"steps": 20, "crops.global_size": 24, "crops.local_size": 12}]
+    evaluated = {"pretrain.eval.every_steps": 50}
+    (name, config, _), (_, plain, _) = runs({"pretrain.stages": stages, "pretrain.steps": 100} | evaluated, evaluated)
+    source = open_source(config.data)
+    counted = CostTable.of([(name, config, 120)], {config.data: source}, write=lambda line: None)
+    alone = CostTable.of([(name, plain, 100)], {config.data: source}, write=lambda line: None)
+    first, second = counted.kinds
+    assert (first.name, second.name) == ("t0, stage 1", "t0, stage 2")
+    assert (first.cost, first.amount.images) == (alone.kinds[0].cost, 800)
+    assert (second.config.pretrain.crops.global_size, second.amount.images) == (24, 160)
+    assert second.cost.flops.total > 2 * first.cost.flops.total
+    once = alone.kinds[0].amount.evaluated / 3
+    assert (first.amount.evaluated, second.amount.evaluated) == (2 * once, 2 * once), "at 0 and 50; at 100 and the end"
+    assert "960 images of training" in counted.lines(1, here=True)["arithmetic"]
+    assert counted.num_folders == 1
+
+
 def test_measured_kinds_are_scaled_to_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from dino_core.config import ConfigError
+from dino_core.config import ConfigError, StageConfig, StageCropsConfig
 from orchestrator.config import RunConfig
 from orchestrator.config_file import MAX_BYTES, load_file
+from orchestrator.dry_run import show_value
 from orchestrator.overrides import (
     Key,
     complete_keys,
@@ -65,6 +66,14 @@ _TEXT = st.text(st.characters(codec="ascii", exclude_categories=["Cc"]), min_siz
 )
 
 
+STAGE_VALUES = {
+    "crops.global_size": st.integers(1, 512),
+    "crops.local_scale": st.just([0.1, 0.25]),
+    "teacher.temp": st.floats(0.01, 1),
+    "optim.lr": st.floats(1e-9, 1),
+}
+
+
 def values_of(key: Key) -> st.SearchStrategy[Any]:
     limits = dict(key.item.metadata)
     low = limits.get("ge", limits.get("gt", -1e3))
@@ -83,6 +92,8 @@ def values_of(key: Key) -> st.SearchStrategy[Any]:
             return st.none()
         if get_origin(kind) is Literal:
             return st.sampled_from(get_args(kind))
+        if get_args(kind)[:1] == (StageConfig,):
+            return st.lists(st.fixed_dictionaries({"steps": st.integers(1, 9)}, optional=STAGE_VALUES), max_size=2)
         if get_origin(kind) is tuple:
             return st.tuples(*map(of, get_args(kind)))
         return st.one_of(*map(of, get_args(kind)))
@@ -104,6 +115,10 @@ def configs(draw: st.DrawFn) -> RunConfig:
 
 
 def as_text(value: Any) -> str:
+    return show_value(value) if isinstance(value, list) else _as_text(value)
+
+
+def _as_text(value: Any) -> str:
     return "[" + ", ".join(map(str, value)) + "]" if isinstance(value, tuple) else str(value)
 
 
@@ -193,6 +208,45 @@ def test_values_take_the_type_of_their_field(key: str, given: Any, expected: Any
 )
 def test_a_wrong_value_is_named_with_what_is_allowed(changes: dict[str, Any], line: str) -> None:
     assert only_problem(changes) == line
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "[{steps: 5, crops: {global_size: 32, local_scale: [0.1, 0.2]}}]",
+        '[{"steps": 5, "crops.global_size": 32, "crops.local_scale": [0.1, 0.2]}]',
+        [{"steps": "5", "crops.global_size": 32.0, "crops": {"local_scale": "0.1,0.2"}}],
+        (StageConfig(steps=5, crops=StageCropsConfig(global_size=32, local_scale=(0.1, 0.2))),),
+    ],
+)
+def test_stages_in_all_their_spellings(given: Any, tmp_path: Path) -> None:
+    config = override(BASE, {"pretrain.stages": given})
+    assert config.pretrain.stages == (
+        StageConfig(steps=5, crops=StageCropsConfig(global_size=32, local_scale=(0.1, 0.2))),
+    )
+    plain = {"steps": 5, "crops.global_size": 32, "crops.local_scale": [0.1, 0.2]}
+    assert flatten(config)["pretrain.stages"] == [plain]
+    file = tmp_path / "stages.yaml"
+    file.write_text("pretrain:\n  stages:\n  - steps: 5\n    crops: {global_size: 32, local_scale: [0.1, 0.2]}\n")
+    assert override(BASE, load_file(file)) == config
+    assert override(config, {"pretrain.stages": "none"}) == override(config, {"pretrain.stages": "[]"}) == BASE
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        ("5", "pretrain.stages = 5: must be a list with the settings of each stage, such as [{steps: 10000, "),
+        ("[{steps: 5", "pretrain.stages = [{steps: 5: must be a list"),
+        ("[{crops.global_size: 32}]", "pretrain.stages[0].steps: is missing, must be a whole number >= 1"),
+        ("[{steps: 5}, {steps: 0}]", "pretrain.stages[1].steps = 0: must be a whole number >= 1"),
+        ("[{steps: 5, optim.rl: 1}]", "pretrain.stages[0].optim.rl: unknown key; did you mean pretrain.stages[0].opti"),
+        ("[{steps: 5, batch_size: 8}]", "pretrain.stages[0].batch_size: unknown key"),
+        ([{"steps": 5, "crops.local_size": 8, "crops": {"local_size": 9}}], "pretrain.stages[0].crops.local_size: giv"),
+        ("[{steps: 5, accumulate_steps: 3}]", "pretrain.stages[0]: pretrain.accumulate_steps = 3: must divide"),
+    ],
+)
+def test_a_wrong_stage_is_named(given: Any, line: str) -> None:
+    assert only_problem({"pretrain.stages": given}).startswith(line)
 
 
 def test_a_long_or_unprintable_value_is_shown_in_short() -> None:

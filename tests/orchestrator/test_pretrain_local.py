@@ -69,7 +69,13 @@ SMALL: dict[str, Any] = {
     "pretrain.eval.num_lidar_images": 10,
     "pretrain.eval.num_queries": 50,
 }
-LONG = {"pretrain.steps": STEPS, "pretrain.checkpoint_every_steps": CHECKPOINT_STEPS}
+FIRST_STEPS = 30
+LONG = {
+    "pretrain.steps": FIRST_STEPS,
+    "pretrain.stages": f"[{{steps: {STEPS - FIRST_STEPS}, crops.global_size: 24, crops.local_size: 12}}]",
+    "pretrain.checkpoint_every_steps": CHECKPOINT_STEPS,
+}
+"""In two stages."""
 SLOW = {
     "pretrain.batch_size": 8,
     "pretrain.crops.global_size": 64,
@@ -221,10 +227,10 @@ def background(store: Store, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 def kill_after_a_checkpoint(store: Store, here: Path) -> Path:
-    """Begin the run of `complete`, and kill it in the middle. Returns its folder."""
+    """Begin the run of `complete`, and kill it in its second stage. Returns its folder."""
     changes = LONG | {"cluster.storage": str(here / "runs")}
     with process(here, "-m", "orchestrator", *store.arguments(changes)) as running:
-        wait_until(running, lambda: any(here.glob(f"runs/*/checkpoints/step_{CHECKPOINT_STEPS:08}")))
+        wait_until(running, lambda: any(here.glob(f"runs/*/checkpoints/step_{2 * CHECKPOINT_STEPS:08}")))
     (folder,) = (here / "runs").iterdir()
     return folder
 
@@ -273,6 +279,7 @@ def test_a_complete_run_leaves_its_whole_record(complete: Ended) -> None:
     assert [step for step, _ in curves["eval/knn_top1"]] == [0, STEPS]
     assert all(0 <= value <= 100 for _, value in curves["eval/knn_top1"])
     assert events(folder) == ["started", "finished"]
+    assert curves["train/stage"] == [(step, 1 + (step >= FIRST_STEPS)) for step in range(STEPS)]
     checkpoint = folder / "checkpoints" / f"step_{STEPS:08}"
     assert latest_checkpoint(folder / "checkpoints") == checkpoint
     verify_checkpoint(checkpoint)
@@ -349,6 +356,23 @@ def test_a_resumed_run_cannot_be_another(complete: Ended, store: Store) -> None:
     assert changed.code == 2
     assert "error: pretrain.optim.lr: a resumed run computes what it began" in changed.output
     assert events(complete.folder)[-1] == "finished"
+
+
+def test_a_student_is_distilled_from_a_run(complete: Ended, store: Store) -> None:
+    name = complete.folder.name
+    smaller = {"pretrain.model.embed_dim": 16, "pretrain.teacher.ema_buffers": "true"}
+    ended = command(*store.arguments(smaller | {"pretrain.teacher.checkpoint": name}))
+    assert ended.code == 0, ended.output
+    checkpoint = complete.folder / "checkpoints" / f"step_{STEPS:08}"
+    assert RunRecord.read(ended.folder).config["pretrain.teacher.checkpoint"] == str(checkpoint)
+    assert [step for step, _ in read_curves(ended.folder)["eval/knn_top1"]] == [0, 8]
+    newest = latest_checkpoint(ended.folder / "checkpoints")
+    assert newest is not None
+    assert load_file(newest / "model.safetensors")["teacher.backbone.cls_token"].shape == (1, 1, 16)
+    wrong = command(*store.arguments(smaller | {"pretrain.teacher.checkpoint": f"{name[:-1]}_"}))
+    assert wrong.code == 2
+    assert f"error: pretrain.teacher.checkpoint = {name[:-1]}_: no run" in wrong.output
+    assert f"did you mean {name}?" in wrong.output
 
 
 # --- 3. interruptions -------------------------------------------------------------------------------------------------

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from typing import Any
 
 import pytest
 
 from dino_core.schedules import build_schedules
+from dino_core.stages import num_steps
 from orchestrator.catalog import load_recipe, recipes, summary
 from orchestrator.overrides import flatten
 from orchestrator.preflight import model_problems
@@ -23,6 +25,7 @@ def test_the_recipes_that_are_promised() -> None:
     assert list(recipes()) == [
         *("quickstart", "cifar10_tiny", "cifar10_simclr", "dino_vits16", "dino_resnet50"),
         *("ibot_vits16", "dinov2_vits14", "dinov2_vitl14", "ibot_digits", "dinov2_digits", "dinov2_large_digits"),
+        *("dinov2_highres_digits", "dinov2_distilled_digits"),
     ]
 
 
@@ -152,7 +155,7 @@ def test_ibot_vits16_is_the_published_recipe() -> None:
             "dinov2_vitl14",
             14_197_122,
             2e-4 * 3**0.5,
-            {"total": 500, "warmup": 80, "temp": 30, "frozen": 1},
+            {"total": 500, "warmup": 80, "temp": 30, "frozen": 1, "high": 10_000},
             {"head.num_prototypes": 131072, "head.bottleneck_dim": 384, "ibot.head": "untied",
              "ibot.num_prototypes": 131072, "ibot.bottleneck_dim": 256, "teacher.centering": "sinkhorn_knopp",
              "teacher.momentum": 0.994, "optim.layer_decay": 1.0, "model.drop_path": 0.4, "model.swiglu": True,
@@ -179,7 +182,9 @@ def test_dinov2_is_the_published_recipe(
         "teacher.temp": 0.07,
     }
     assert {key: found[key] for key in common | expected} == common | expected
-    schedules = build_schedules(load_recipe(recipe).pretrain, images)
+    pretrain = load_recipe(recipe).pretrain
+    assert build_schedules(pretrain, images).total_steps - num_steps(pretrain, images) == steps.get("high", 0)
+    schedules = build_schedules(dataclasses.replace(pretrain, stages=()), images)
     assert schedules.peak_lr == pytest.approx(peak_lr)
     assert schedules.total_steps == pytest.approx(1250 * steps["total"], rel=2e-3)
     assert schedules.freeze_last_layer_steps == pytest.approx(1250 * steps["frozen"], rel=2e-3)
