@@ -42,6 +42,11 @@ def combination_problems(config: PretrainConfig) -> list[str]:
         problems += _koleo_problems(config)
     if not teacher.stop_gradient:
         problems += _two_sided_problems(config)
+    if config.parallel_strategy == "fsdp" and config.model.compile:
+        problems.append(
+            "parallel_strategy = fsdp: must be ddp with pretrain.model.compile = true, which compiles the backbone as a "
+            "whole, and a compiled backbone does not gather its blocks"
+        )
     if teacher.mode == "eval" and not teacher.ema_buffers and _has_batch_norm_in_heads(config):
         problems.append(
             "teacher.mode = eval: needs pretrain.teacher.ema_buffers = true with batch norm in the head, or the "
