@@ -99,7 +99,7 @@ def save_checkpoint(state: TrainState, folder: Path, *, extra: Mapping[str, Any]
     if distributed.rank() == 0:
         try:
             _write(state, path, {"rng": rng, "extra": extra}, tensors, wholes)
-        except (OSError, ValueError) as error:  # ValueError: of numbers that safetensors does not know
+        except OSError as error:
             problem = f"cannot write {path}: {error}"
         except CheckpointError as error:
             problem = str(error)
@@ -115,7 +115,10 @@ def save_checkpoint(state: TrainState, folder: Path, *, extra: Mapping[str, Any]
 def _tensors_by_file(state: TrainState) -> dict[str, dict[str, Tensor]]:
     """What the files of tensors hold, each in the order in which it stands there; of sharded tensors this rank's part."""
     moments, _ = _optimizer_state(state.optimizer)
-    return {MODEL_FILE: in_order(_model_tensors(state)), OPTIMIZER_FILE: in_order(moments)}
+    try:
+        return {MODEL_FILE: in_order(_model_tensors(state)), OPTIMIZER_FILE: in_order(moments)}
+    except ValueError as error:
+        raise CheckpointError(f"cannot be written: {error}") from error
 
 
 def _whole_tensors(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

@@ -13,34 +13,37 @@ import torch
 from torch import Tensor
 
 _NAMES = {
+    torch.int64: "I64",
     torch.float64: "F64",
     torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
     torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
     torch.int16: "I16",
     torch.int8: "I8",
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+"""In the order of the library, wider ones first, so that all numbers are aligned."""
 
 
 def in_order(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors as they follow each other in a file: those of wider numbers first, so that all are aligned."""
-    return dict(sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])))
-
-
-def header(tensors: Mapping[str, Tensor]) -> bytes:
-    """What stands in front of the numbers of tensors that are `in_order`.
+    """The tensors as they follow each other in a file, by kind of number and name.
 
     Raises:
-        ValueError: the format, or this module, does not know the kind of numbers of one of them.
+        ValueError: the format, or this module, does not know the kind of one of them.
     """
-    entries, start = {}, 0
     for name, tensor in tensors.items():
         if tensor.dtype not in _NAMES:
             raise ValueError(f"{name} is of {tensor.dtype}: must be one of {', '.join(map(str, _NAMES))}")
+    kinds = list(_NAMES)
+    return dict(sorted(tensors.items(), key=lambda item: (kinds.index(item[1].dtype), item[0])))
+
+
+def header(tensors: Mapping[str, Tensor]) -> bytes:
+    """What stands in front of the numbers of tensors that are `in_order`."""
+    entries, start = {}, 0
+    for name, tensor in tensors.items():
         stop = start + tensor.numel() * tensor.element_size()
         entries[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, stop]}
         start = stop

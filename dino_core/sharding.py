@@ -88,9 +88,10 @@ def part_like(tensor: Tensor, read: Callable[[int, int], Tensor], device: torch.
 def shard(student: CropNetwork, teacher: CropNetwork, config: PretrainConfig, device: torch.device) -> None:
     """Shard both networks, in place, over all ranks; they may still lie on the CPU, and go to `device` unit by unit.
 
-    Units of the backbone are gathered at `precision`, as in DINOv2, which averages the backbone's gradients in half
-    precision too and those of the heads in fp32 (arXiv 2304.07193, section 5). Here all gradients are averaged in fp32,
-    and what lies outside of units, units with batch norm and the heads are gathered in fp32.
+    Units of the backbone are gathered at `precision`, and so is what flows through them, as in DINOv2. That averages
+    the backbone's gradients in half precision too and those of the heads in fp32 (arXiv 2304.07193, section 5); here all
+    are averaged in fp32. What lies outside of units, units with batch norm and the heads are gathered in fp32, and
+    autocast makes of them what it does without sharding.
 
     Raises:
         ConfigError: a parameter cannot be cut.
@@ -113,8 +114,7 @@ def shard(student: CropNetwork, teacher: CropNetwork, config: PretrainConfig, de
 def _shard_network(network: CropNetwork, units: Sequence[str], mesh: DeviceMesh, half: torch.dtype | None) -> None:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    # no casting of inputs: what flows from block to block stays what autocast makes of it
-    policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32)
     for name in units:
         unit = network.backbone.get_submodule(name)
         has_norm = any(isinstance(module, _BatchNorm) for module in unit.modules())
@@ -123,9 +123,12 @@ def _shard_network(network: CropNetwork, units: Sequence[str], mesh: DeviceMesh,
         else:
             fully_shard(unit, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
     network.backbone.register_forward_hook(_in_memory_of_its_own)
-    fully_shard(network.backbone, mesh=mesh, reshard_after_forward=True)
-    # Not the heads themselves: their parts are called one by one. Backward begins with them, so a student keeps them.
+    # Until the backward pass a student keeps what that begins with: the heads, and little besides the blocks. Patch
+    # tokens are no output of the backbone, by whose gradient it would be gathered again.
     keep = any(parameter.requires_grad for parameter in network.parameters())
+    keep_rest = keep and (bool(units) or network.grid is not None)
+    fully_shard(network.backbone, mesh=mesh, reshard_after_forward=not keep_rest)
+    # not the heads themselves, whose parts are called one by one
     for head in (network.head, network.patch_head, network.predictor):
         for part in () if head is None else (head.mlp, getattr(head, "last_layer", None)):
             if part is not None:
