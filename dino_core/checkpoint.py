@@ -13,8 +13,8 @@ complete; bit rot is found by the sums when it is read. On CPU a run continues b
 workers, threads and versions. No file format used here can hold code.
 
 The files hold whole tensors, however many ranks there are and whether these share the weights out
-(`dino_core.sharding`). Sharded ones are put together and written one by one, and of each file a rank reads its own rows,
-so no process ever holds all of them.
+(`dino_core.sharding`). Sharded ones are put together and written one by one, and a rank reads its own rows of each, so
+no process ever holds all of them.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ import random
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from itertools import chain, islice
 from importlib import metadata
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +113,7 @@ def save_checkpoint(state: TrainState, folder: Path, *, extra: Mapping[str, Any]
 
 
 def _tensors_by_file(state: TrainState) -> dict[str, dict[str, Tensor]]:
-    """What the files of tensors hold, each in the order in which it stands there; of sharded tensors this rank's part."""
+    """What the files of tensors hold, in the order in which it stands there; of sharded tensors this rank's part."""
     moments, _ = _optimizer_state(state.optimizer)
     try:
         return {MODEL_FILE: in_order(_model_tensors(state)), OPTIMIZER_FILE: in_order(moments)}
@@ -195,11 +195,7 @@ def _flush(path: Path) -> None:
 
 def _model_tensors(state: TrainState) -> dict[str, Tensor]:
     parts = {"student": state.student, "teacher": state.teacher, "objective": state.objective}
-    return {
-        f"{part}.{name}": tensor
-        for part, module in parts.items()
-        for name, tensor in module.state_dict().items()
-    }
+    return {f"{part}.{name}": tensor for part, module in parts.items() for name, tensor in module.state_dict().items()}
 
 
 def _optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -44,8 +44,8 @@ def combination_problems(config: PretrainConfig) -> list[str]:
         problems += _two_sided_problems(config)
     if config.parallel_strategy == "fsdp" and config.model.compile:
         problems.append(
-            "parallel_strategy = fsdp: must be ddp with pretrain.model.compile = true, which compiles the backbone as a "
-            "whole, and a compiled backbone does not gather its blocks"
+            "parallel_strategy = fsdp: must be ddp with pretrain.model.compile = true, which compiles the backbone in "
+            "one piece, while its blocks are gathered one by one"
         )
     if teacher.mode == "eval" and not teacher.ema_buffers and _has_batch_norm_in_heads(config):
         problems.append(

@@ -188,8 +188,8 @@ def clip_gradients_(
 
     The norm is each gradient's own (`parameter`, as the authors of DINO do), that of each child of the student
     (`module`, DINOv2: backbone, heads and predictor) or that of all (`global`, as `torch.nn.utils.clip_grad_norm_`).
-    None only measures. Parameters without gradient do not count. Nothing is read back from the device. Sharded gradients
-    count as a whole.
+    None only measures. Parameters without gradient do not count, sharded gradients count as a whole. Nothing is read
+    back from the device.
 
     Returns:
         [], the L2 norm of all gradients together, before clipping.

@@ -55,4 +55,4 @@ def header(tensors: Mapping[str, Tensor]) -> bytes:
 def raw_bytes(tensor: Tensor) -> memoryview:
     """The numbers of a tensor, on any device."""
     numbers = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(numbers.view(torch.uint8).numpy())
+    return numbers.view(torch.uint8).numpy().data

@@ -89,8 +89,8 @@ def shard(student: CropNetwork, teacher: CropNetwork, config: PretrainConfig, de
     """Shard both networks, in place, over all ranks; they may still lie on the CPU, and go to `device` unit by unit.
 
     Units of the backbone are gathered at `precision`, and so is what flows through them, as in DINOv2. That averages
-    the backbone's gradients in half precision too and those of the heads in fp32 (arXiv 2304.07193, section 5); here all
-    are averaged in fp32. What lies outside of units, units with batch norm and the heads are gathered in fp32, and
+    the backbone's gradients in half precision too, and those of the heads in fp32 (arXiv 2304.07193, section 5); here
+    all are averaged in fp32. What lies outside of units, units with batch norm and the heads are gathered in fp32, and
     autocast makes of them what it does without sharding.
 
     Raises:

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch import nn
 
 from dino_core.crops import MultiCrop
 from dino_core.eval.attention import attention_maps
