@@ -6,12 +6,13 @@ Ray is imported only inside functions, so that asking whether a run fits costs n
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -241,8 +242,27 @@ def disconnect() -> None:
         family = [process for server in _started_here for process in _with_descendants(server)]
         _started_here.clear()
         if "ray" in sys.modules:
-            sys.modules["ray"].shutdown()
+            with _no_garbage():
+                sys.modules["ray"].shutdown()
         end_processes(family, EXIT_S)
+
+
+@contextlib.contextmanager
+def _no_garbage() -> Iterator[None]:
+    """Nothing is collected meanwhile, by no thread.
+
+    Behind a traceback, references to Ray's objects stand in cycles. Where the collector frees one while Ray shuts down,
+    in whichever thread, Ray ends the whole process with nothing but a line in a log file of its own ("The core worker
+    has already been shutdown").
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    gc.collect()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def end_processes(processes: Sequence[psutil.Process], patience_s: float) -> None:

@@ -7,6 +7,7 @@ each of them makes some rows of some consecutive batches, which come back in ord
 
 from __future__ import annotations
 
+import logging
 import math
 import queue
 import threading
@@ -14,8 +15,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -31,6 +34,8 @@ from orchestrator.data.shelf import Shelf, prefer_this_machine
 from orchestrator.data.sources import Split
 from orchestrator.data.tasks import Cost, Limits, Part, Round, Share, Sizes, in_executions, plan_rounds, tasks_at_once
 
+logger = logging.getLogger(__name__)
+
 Batch = dict[str, Tensor]
 """What `MultiCrop.make` returns, with `sample_id` int64 [B] (the samples whose crops these are) and `bad_id` int64 [B]
 (-1, or the sample that should have stood there but could not be read)."""
@@ -38,6 +43,10 @@ Batch = dict[str, Tensor]
 MAX_BAD_IN_A_ROW = 100
 
 _HEAD_SECONDS = 5.0  # work done in this process while the first data tasks start
+_CHEAP_SHARE = 0.2  # of a step: up to here a batch is made in this process, for tasks and their servers cost as much
+_MAX_WAIT_SHARE = 0.1  # of the time, for batches of this process
+_LOOK_STEPS = 32  # the newest, over which the two are judged
+_FEWEST_STEPS = 4  # before the first judgement, unless batches cost more than steps
 _CLOSE_TIMEOUT_S = 30.0
 
 
@@ -131,18 +140,26 @@ class Batches:
         return make_batch(self.split, self.loader, self.crops, self.plan, np.concatenate(positions))
 
 
-def local_batches(batches: Batches, *, num_threads: int = 1, prefetch: int = 2) -> Generator[Batch]:
+def local_batches(
+    batches: Batches,
+    *,
+    num_threads: int = 1,
+    prefetch: int = 2,
+    make: Callable[[int], dict[str, np.ndarray]] | None = None,
+) -> Generator[Batch]:
     """Make the batches in `num_threads` threads of this process; close the generator to stop them.
 
-    Up to `prefetch` batches, and at least one for each thread, are in the making or ready while one is used.
+    Up to `prefetch` batches, and at least one for each thread, are in the making or ready while one is used. `make`
+    stands for `batches.make`.
     """
+    make = make or batches.make
     ahead = max(prefetch, num_threads)
     pool = ThreadPoolExecutor(num_threads, thread_name_prefix="crops")
     waiting: deque[Future[dict[str, np.ndarray]]] = deque()
     try:
         for step in range(batches.start_step, batches.stop_step):
             while len(waiting) <= ahead and step + len(waiting) < batches.stop_step:
-                waiting.append(pool.submit(batches.make, step + len(waiting)))
+                waiting.append(pool.submit(make, step + len(waiting)))
             yield as_tensors(waiting.popleft().result())
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
@@ -153,8 +170,10 @@ def ray_batches(
 ) -> Generator[Batch]:
     """Let Ray Data tasks make the batches; close the generator to shut the execution down.
 
-    The batches of the first seconds are made in this process: training can start while Ray Data does, and the time of
-    the first tells how many batches make a task worth while.
+    As long as a batch costs a small part of the step that uses it, a thread of this process makes it instead: tasks,
+    their idle workers and Ray Data's actors would take more of the machine than they save. When tasks take over, the
+    batches of their first seconds are made here too: training goes on while Ray Data starts, and the time of the first
+    tells how many batches make a task worth while.
 
     Args:
         batches: What to make.
@@ -162,6 +181,9 @@ def ray_batches(
         prefetch: Finished batches that wait in this process.
         shelf: Where this run takes what others with the same crops have made, and leaves what it made itself.
     """
+    if shelf is None and batches.split.reads_at_once == 1 and _CHEAP_SHARE > 0:
+        reached = yield from _while_cheap(batches)
+        batches = replace(batches, start_step=reached)
     if batches.start_step >= batches.stop_step:
         return
     started = time.perf_counter()
@@ -201,6 +223,38 @@ def ray_batches(
     finally:
         for execution in running:
             execution.close()
+
+
+def _while_cheap(batches: Batches) -> Generator[Batch, None, int]:
+    """Batches of a thread of this process as long as it keeps up at little cost; returns the step that comes next."""
+    costs, waits, uses = (deque[float](maxlen=_LOOK_STEPS) for _ in range(3))  # seconds of a batch each
+
+    def timed(step: int) -> dict[str, np.ndarray]:
+        began = time.thread_time()
+        made = batches.make(step)
+        costs.append(time.thread_time() - began)
+        return made
+
+    with closing(local_batches(batches, make=timed)) as running:
+        for step in range(batches.start_step, batches.stop_step):
+            asked = time.perf_counter()
+            batch = next(running)
+            got = time.perf_counter()
+            yield batch
+            if step == batches.start_step:  # nothing was ready, and what is done for the first time takes longer
+                costs.clear()
+                continue
+            waits.append(got - asked)
+            uses.append(time.perf_counter() - got)
+            cost, use = median(list(costs) or [0.0]), median(uses)  # whatever an evaluation takes
+            share = cost / max(use, 1e-9)
+            waited = sum(waits) > _MAX_WAIT_SHARE * (sum(waits) + use * len(uses))
+            if share > 1 or (len(uses) >= _FEWEST_STEPS and (share > _CHEAP_SHARE or waited)):
+                logger.info(
+                    "step %d: a batch costs %.0f %% of a step; data tasks make them from here", step, 100 * share
+                )
+                return step + 1
+    return batches.stop_step
 
 
 def as_tensors(arrays: dict[str, np.ndarray]) -> Batch:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
+import weakref
 
 import psutil
 import pytest
 
 from dino_core.config import ConfigError
+from orchestrator import ray_cluster
 from orchestrator.config import ClusterConfig, RunConfig
 from orchestrator.overrides import override
 from orchestrator.ray_cluster import (
@@ -96,3 +99,18 @@ def test_processes_that_do_not_end_by_themselves_are_killed() -> None:
     assert not any(process.is_running() for process in processes)
     for child in children:
         child.wait(1)
+
+
+def test_ray_goes_when_the_garbage_is_gone_and_none_is_collected() -> None:
+    class Reference:
+        pass
+
+    reference = Reference()
+    gone = weakref.ref(reference)
+    cycle = [reference]
+    cycle.append(cycle)  # type: ignore[arg-type]
+    del cycle, reference
+    with ray_cluster._no_garbage():
+        assert gone() is None
+        assert not gc.isenabled()
+    assert gc.isenabled()

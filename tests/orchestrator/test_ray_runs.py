@@ -189,28 +189,6 @@ def test_stopped_and_failing_trials_do_not_end_the_sweep(tiny: RunConfig, capsys
     assert sorted(found.values()) == ["FAILED"] * 3 + ["FINISHED"] * 4, "two trials and their sweep; the other trials"
 
 
-def test_a_trial_of_two_workers_that_collapses_ends_itself(tiny: RunConfig) -> None:
-    changes = {
-        "pretrain.steps": 300,
-        "pretrain.log_every_steps": 2,
-        "pretrain.eval.every_steps": None,
-        "pretrain.checkpoint_every_steps": None,
-        "pretrain.teacher.sharpening": "none",
-        "pretrain.optim.freeze_last_layer_epochs": 0,
-        "cluster.num_workers": 2,
-    }
-    result = run_sweep.run_sweep(Sweep(name="collapsing", base=override(tiny, changes), stop_collapsed=True))
-    assert result.ok
-    (state,) = (state for run, state in read_states(result.folder).items() if "." in run)
-    assert state.event == "stopped"
-    assert state.reason.startswith("uniform collapse since step ")
-    (run_dir,) = (result.folder / "trials").iterdir()
-    stop = read_stop(run_dir)
-    assert stop is not None
-    assert read_curves(run_dir)["train/loss"][-1][0] == stop.step < 100, "it ended at the step that decided"
-    assert state.numbers["cost/device_hours_saved"] == stop.device_hours_saved > 0
-
-
 def test_a_sweep_whose_driver_was_killed_ends_as_if_it_had_not_been(tiny: RunConfig, tmp_path: Path) -> None:
     """SIGKILL in the middle of a trial, behind a checkpoint, with another trial finished and a third to come."""
     settings = {"pretrain.steps": 60, "cluster.max_concurrent_trials": 1, "cluster.max_failures": 0}

@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 
 from benchmarks.collapse_stopper import BAD, GOOD, NUM_DIGITS
 from dino_core.config import ConfigError, PretrainConfig
@@ -173,6 +176,26 @@ def test_a_run_that_collapses_ends_itself_and_stays_ended(tmp_path: Path) -> Non
     assert stop.since_step is not None and stop.since_step < stop.step
     launch_local(tmp_path)  # another attempt, as after a driver that died before it had noted the end
     assert read_curves(tmp_path) == curves
+
+
+def one_rank(rank: int, folder: str) -> None:
+    warnings.simplefilter("error")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    steps: list[float] = []
+    place = worker.Place("local", "cpu", rank, 2)
+    worker.run_worker(Path(folder, "run"), place, lambda found: steps.append(found["step"]))
+    dist.destroy_process_group()
+    Path(folder, f"{rank}.txt").write_text(str(int(steps[-1])))
+
+
+def test_of_several_workers_all_end_at_the_same_step(tmp_path: Path) -> None:
+    record_of(override(quickstart(), COLLAPSING), stop_collapsed=True).write(tmp_path / "run")
+    mp.start_processes(one_rank, args=(str(tmp_path),), nprocs=2, start_method="forkserver")
+    stop = read_stop(tmp_path / "run")
+    assert stop is not None
+    assert stop.verdict == "uniform collapse"
+    assert [int((tmp_path / f"{rank}.txt").read_text()) for rank in range(2)] == [stop.step] * 2
+    assert read_curves(tmp_path / "run")["train/loss"][-1][0] == stop.step < 100
 
 
 # --- failures that are none of the cluster's --------------------------------------------------------------------------

@@ -268,6 +268,40 @@ for batch in local_batches(batches):
 """
 
 
+def test_batches_that_cost_little_are_made_here(folder: Split) -> None:
+    batches = batches_of(folder)
+    made = []
+    for batch in ray_batches(batches):  # where there is no Ray, which would fail
+        made.append(batch)
+        time.sleep(0.1)
+    assert all_equal(made, list(local_batches(batches)))
+
+
+class Waiting:
+    """Costs no CPU, but time, as a slow disk does."""
+
+    def load(self, split: Split, index: int) -> np.ndarray:
+        time.sleep(0.02)
+        return LOADER.load(split, index)
+
+
+@pytest.mark.parametrize(("loader", "use_s"), [(LOADER, 0.0), (Waiting(), 0.05)], ids=["costly", "slow"])
+def test_other_batches_are_made_here_until_that_is_known(folder: Split, loader: Any, use_s: float) -> None:
+    batches = batches_of(folder, loader=loader)
+    expected = list(local_batches(replace(batches, loader=LOADER)))
+    running = stream._while_cheap(batches)
+    made, reached = [], None
+    while reached is None:
+        try:
+            made.append(next(running))
+            time.sleep(use_s)
+        except StopIteration as end:
+            reached = end.value
+    assert len(made) == reached < 12
+    assert all_equal(made, expected[:reached])
+    assert not threads_named("crops")
+
+
 # Through Ray Data
 
 
@@ -287,10 +321,15 @@ def ray() -> Iterator[Any]:
     gc.collect()  # what Ray leaves open is found here, not in another test
 
 
+def only_by_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, "_CHEAP_SHARE", 0.0)
+    monkeypatch.setattr(stream, "_HEAD_SECONDS", 1e-9)
+
+
 @pytest.fixture
 def by_ray(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """No head start in this process and several short executions; counts the batches of each."""
-    monkeypatch.setattr(stream, "_HEAD_SECONDS", 1e-9)
+    only_by_tasks(monkeypatch)
     monkeypatch.setattr(tasks, "_TASKS_PER_EXECUTION", 4)
     monkeypatch.setattr(tasks, "_MAX_TASK_STEPS", 2)
     counts: list[int] = []
@@ -342,6 +381,7 @@ def test_more_streams_than_cpus_all_go_on(ray: Any, by_ray: list[int], folder: S
 @pytest.mark.ray
 def test_the_head_start_joins_the_rest(ray: Any, folder: Split, monkeypatch: pytest.MonkeyPatch) -> None:
     batches = batches_of(folder)
+    monkeypatch.setattr(stream, "_CHEAP_SHARE", 0.0)
     monkeypatch.setattr(stream, "_HEAD_SECONDS", 0.05)
     assert all_equal(list(ray_batches(batches)), list(local_batches(batches)))
     monkeypatch.setattr(stream, "_HEAD_SECONDS", 1e9)
@@ -452,7 +492,7 @@ def test_a_full_shelf_forgets_and_has_made_again(ray: Any, folder: Split, monkey
 def test_a_source_ten_times_the_object_store_streams_in_bounded_memory(
     ray: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stream, "_HEAD_SECONDS", 1e-9)
+    only_by_tasks(monkeypatch)
     split = open_source(DataConfig(source=str(large_table(tmp_path, 10 * STORE_BYTES)))).train
     crops = MultiCrop(CropsConfig(global_size=160, local_size=48, num_local_crops=2), seed=0)
     plan = IndexPlan(len(split), 0, 64, Windows(256, np.asarray(split.units()).tobytes()))
@@ -539,7 +579,7 @@ def test_data_tasks_run_beside_a_trials_placement_group(ray: Any, folder: Split)
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
     def stream_inside(batches: Batches) -> int:
-        stream._HEAD_SECONDS = 1e-9
+        stream._CHEAP_SHARE, stream._HEAD_SECONDS = 0.0, 1e-9
         return len(list(ray_batches(batches)))
 
     class Trial:

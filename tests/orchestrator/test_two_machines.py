@@ -65,6 +65,7 @@ def machines(folder: Path) -> set[str]:
 
 def test_crops_stay_here_or_go_where_cpus_are(cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ray = cluster
+    monkeypatch.setattr(stream, "_CHEAP_SHARE", 0.0)
     monkeypatch.setattr(stream, "_HEAD_SECONDS", 1e-9)
     here = ray.get_runtime_context().get_node_id()
     (there,) = {node["NodeID"] for node in ray.nodes()} - {here}
