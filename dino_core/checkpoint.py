@@ -11,6 +11,10 @@
 A checkpoint is written under a temporary name, flushed to the disk and renamed, so whatever carries its name is
 complete; bit rot is found by the sums when it is read. On CPU a run continues bit for bit for the same number of
 workers, threads and versions. No file format used here can hold code.
+
+The files hold whole tensors, however many ranks there are and whether these share the weights out
+(`dino_core.sharding`). Sharded ones are put together and written one by one, and a rank reads its own rows of each, so
+no process ever holds all of them.
 """
 
 from __future__ import annotations
@@ -27,17 +31,19 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from importlib import metadata
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
 from torch import Tensor
 
 from dino_core import distributed
+from dino_core.safetensors_file import header, in_order, raw_bytes
+from dino_core.sharding import is_sharded, part_like, whole_tensor
 from dino_core.stages import stage_of_state
 from dino_core.train import TrainState
 
@@ -89,13 +95,17 @@ def save_checkpoint(state: TrainState, folder: Path, *, extra: Mapping[str, Any]
     extra = json.loads(json.dumps(dict(extra or {})))  # on every rank, so that all raise if it cannot be written
     rng = [json.loads(item) for item in _gather(text.encode(), state.device)]
     problem = ""
+    tensors = _tensors_by_file(state)
+    wholes = chain.from_iterable(_whole_tensors(part) for part in tensors.values())
     if distributed.rank() == 0:
         try:
-            _write(state, path, {"rng": rng, "extra": extra})
-        except (OSError, safetensors.SafetensorError) as error:
+            _write(state, path, {"rng": rng, "extra": extra}, tensors, wholes)
+        except OSError as error:
             problem = f"cannot write {path}: {error}"
         except CheckpointError as error:
             problem = str(error)
+    for _ in wholes:  # sharded tensors are put together by all ranks, also behind one that could not be written
+        pass
     # Also the barrier behind which every rank may rely on the checkpoint.
     problem = b"".join(_gather(problem.encode(), state.device)).decode()
     if problem:
@@ -103,16 +113,37 @@ def save_checkpoint(state: TrainState, folder: Path, *, extra: Mapping[str, Any]
     return path
 
 
-def _write(state: TrainState, path: Path, parts: dict[str, Any]) -> None:
-    model, (moments, scalars) = _model_tensors(state), _optimizer_state(state.optimizer)
+def _tensors_by_file(state: TrainState) -> dict[str, dict[str, Tensor]]:
+    """What the files of tensors hold, in the order in which it stands there; of sharded tensors this rank's part."""
+    moments, _ = _optimizer_state(state.optimizer)
+    try:
+        return {MODEL_FILE: in_order(_model_tensors(state)), OPTIMIZER_FILE: in_order(moments)}
+    except ValueError as error:
+        raise CheckpointError(f"cannot be written: {error}") from error
+
+
+def _whole_tensors(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """By name, one at a time; every rank must take all of them."""
+    for name, tensor in tensors.items():
+        yield name, whole_tensor(tensor)
+
+
+def _write(
+    state: TrainState,
+    path: Path,
+    parts: dict[str, Any],
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    wholes: Iterator[tuple[str, Tensor]],
+) -> None:
+    """Write the checkpoint; `wholes` are the tensors of all files in turn."""
+    _, scalars = _optimizer_state(state.optimizer)
     text = json.dumps(_describe(state) | {"optimizer": scalars} | parts)
-    for name, tensor in (model | moments).items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise CheckpointError(f"{path}: not written, for {name} holds values that are not finite")
     path.parent.mkdir(parents=True, exist_ok=True)
     for stale in path.parent.glob(f"{_TEMPORARY}*"):
         shutil.rmtree(stale)
-    needed = sum(tensor.nbytes for tensor in (model | moments).values()) + len(text) + _RESERVE_BYTES
+    heads = {name: header(part) for name, part in tensors.items()}
+    numbers = sum(t.numel() * t.element_size() for part in tensors.values() for t in part.values())
+    needed = numbers + sum(map(len, heads.values())) + len(text) + _RESERVE_BYTES
     free = shutil.disk_usage(path.parent).free
     if free < needed:
         raise CheckpointError(f"{path}: the disk is too full, {needed} bytes are needed and {free} are free")
@@ -120,12 +151,17 @@ def _write(state: TrainState, path: Path, parts: dict[str, Any]) -> None:
     temporary = path.with_name(f"{_TEMPORARY}{path.name}-{os.getpid()}")
     try:
         temporary.mkdir()
-        save_file(model, temporary / MODEL_FILE)
-        save_file(moments, temporary / OPTIMIZER_FILE)
+        for file_name, part in tensors.items():
+            with (temporary / file_name).open("wb") as file:
+                file.write(heads[file_name])
+                for name, tensor in islice(wholes, len(part)):
+                    if tensor.is_floating_point() and not tensor.isfinite().all():
+                        raise CheckpointError(f"{path}: not written, for {name} holds values that are not finite")
+                    file.write(raw_bytes(tensor))
         (temporary / STATE_FILE).write_text(text)
         (temporary / MANIFEST_FILE).write_bytes(_manifest(temporary))
-        for file in (*temporary.iterdir(), temporary):
-            _flush(file)
+        for entry in (*temporary.iterdir(), temporary):
+            _flush(entry)
         _put_in_place(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -160,11 +196,7 @@ def _flush(path: Path) -> None:
 
 def _model_tensors(state: TrainState) -> dict[str, Tensor]:
     parts = {"student": state.student, "teacher": state.teacher, "objective": state.objective}
-    return {
-        f"{part}.{name}": tensor.detach().cpu().contiguous()
-        for part, module in parts.items()
-        for name, tensor in module.state_dict().items()
-    }
+    return {f"{part}.{name}": tensor for part, module in parts.items() for name, tensor in module.state_dict().items()}
 
 
 def _optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -175,7 +207,7 @@ def _optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor
     for parameter, values in whole["state"].items():
         for name, value in values.items():
             if isinstance(value, Tensor):
-                tensors[f"{parameter}.{name}"] = value.detach().cpu().contiguous()
+                tensors[f"{parameter}.{name}"] = value
             else:
                 scalars.setdefault(str(parameter), {})[name] = value
     return tensors, {"param_groups": whole["param_groups"], "scalars": scalars}
@@ -354,7 +386,6 @@ def load_checkpoint(state: TrainState, path: Path) -> dict[str, Any]:
     """
     verify_checkpoint(path)
     saved = json.loads((path / STATE_FILE).read_text())
-    model, moments = load_file(path / MODEL_FILE), load_file(path / OPTIMIZER_FILE)
     state.enter_stage(stage_of_state(state.stages, saved["step"]).index)
     changed = _changed_keys(saved["config"], state)
     if saved.get("frozen_teacher") != state.frozen_digest:
@@ -362,11 +393,19 @@ def load_checkpoint(state: TrainState, path: Path) -> dict[str, Any]:
             f"{path}: pretrain.teacher.checkpoint = {state.config.teacher.checkpoint} has other weights than when the "
             "run began"
         )
-    optimizer = _check_fit(state, path, model, moments, saved["optimizer"], changed)
-
-    for part, module in (("student", state.student), ("teacher", state.teacher), ("objective", state.objective)):
-        prefix = f"{part}."
-        module.load_state_dict({name.removeprefix(prefix): t for name, t in model.items() if name.startswith(prefix)})
+    with safe_open(path / MODEL_FILE, "pt") as model, safe_open(path / OPTIMIZER_FILE, "pt") as moments:
+        expected = _model_tensors(state)
+        _check_fit(state, path, expected, model, saved["optimizer"], changed)
+        optimizer = _read_optimizer(state, moments, saved["optimizer"])
+        for part, module in (("student", state.student), ("teacher", state.teacher), ("objective", state.objective)):
+            prefix = f"{part}."
+            module.load_state_dict(
+                {
+                    name.removeprefix(prefix): _read(model, name, like, state.device)
+                    for name, like in expected.items()
+                    if name.startswith(prefix)
+                }
+            )
     state.optimizer.load_state_dict(optimizer)
     if saved["scaler"]:  # empty where the precision did not need it
         state.scaler.load_state_dict(saved["scaler"])
@@ -405,14 +444,14 @@ def _changed_keys(saved: dict[str, Any], state: TrainState) -> dict[str, str]:
 def _check_fit(
     state: TrainState,
     path: Path,
-    model: dict[str, Tensor],
-    moments: dict[str, Tensor],
+    tensors: dict[str, Tensor],
+    model: Any,
     saved: dict[str, Any],
     changed: dict[str, str],
-) -> dict[str, Any]:
-    """The optimiser's state dict, once every tensor is known to have its place."""
-    expected = {name: tensor.shape for name, tensor in _model_tensors(state).items()}
-    found = {name: tensor.shape for name, tensor in model.items()}
+) -> None:
+    """Raise CheckpointError unless every tensor of the file `model` and every moment has its place."""
+    expected = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    found: dict[str, list[int]] = {name: model.get_slice(name).get_shape() for name in model.keys()}  # noqa: SIM118
     problems = [
         f"{name} is {_shape(found.get(name))} there and {_shape(expected.get(name))} here"
         for name in sorted(expected.keys() | found.keys())
@@ -428,16 +467,30 @@ def _check_fit(
         why = f"{'; '.join(reasons)} ({shown})" if reasons else shown
         raise CheckpointError(f"{path}: does not fit this configuration: {why}")
 
+
+def _read_optimizer(state: TrainState, moments: Any, saved: dict[str, Any]) -> dict[str, Any]:
+    """The optimiser's state dict."""
+    parameters = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]
     values: dict[int, dict[str, Any]] = {int(key): dict(scalars) for key, scalars in saved["scalars"].items()}
-    for key, tensor in moments.items():
-        parameter, name = key.split(".", 1)
-        values.setdefault(int(parameter), {})[name] = tensor
+    for key in moments.keys():  # noqa: SIM118
+        number, name = key.split(".", 1)
+        value = _read(moments, key, parameters[int(number)], state.device)
+        values.setdefault(int(number), {})[name] = value
     # what the groups hold besides parameters follows from the configuration, which may have changed
-    return {"state": values, "param_groups": here["param_groups"]}
+    return {"state": values, "param_groups": state.optimizer.state_dict()["param_groups"]}
 
 
-def _shape(shape: torch.Size | None) -> str:
-    return "absent" if shape is None else str(list(shape))
+def _read(file: Any, name: str, like: Tensor, device: torch.device) -> Tensor:
+    """A tensor of a safetensors file; this rank's part of it where `like`, of the same shape, is sharded."""
+    rows = file.get_slice(name)
+    if not is_sharded(like) or rows.get_shape() != list(like.shape):  # what counts steps has no shape
+        tensor: Tensor = file.get_tensor(name)
+        return tensor
+    return part_like(like, lambda first, stop: rows[first:stop], device)
+
+
+def _shape(shape: list[int] | None) -> str:
+    return "absent" if shape is None else str(shape)
 
 
 def _restore_rng(saved: list[dict[str, Any]], device: torch.device) -> None:

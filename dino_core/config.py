@@ -407,6 +407,11 @@ class PretrainConfig(CheckedConfig):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """bf16 and fp16 run forward passes under autocast; weights, loss and optimiser stay fp32. fp16 scales the loss and
     skips a step whose gradient overflows (--use_fp16 | compute_precision)."""
+    parallel_strategy: Literal["ddp", "fsdp"] = "ddp"
+    """What each of several workers holds: the whole state, and gradients are averaged (DDP); or a part of every weight,
+    gradient, moment and teacher weight, and blocks are gathered while they compute (FSDP2): less memory, more traffic,
+    in fp32 the same numbers to rounding; in bf16 and fp16 all of a block is at that precision, its norms and residuals
+    too. A resumed run may change it (- | compute_precision.student.backbone.sharding_strategy)."""
     log_every_steps: int = number(10, ge=1)
     """Steps between logged metrics (- | -)."""
     checkpoint_every_steps: int | None = number(None, ge=1)

@@ -45,6 +45,11 @@ def combination_problems(config: PretrainConfig) -> list[str]:
     if not teacher.stop_gradient:
         problems += _two_sided_problems(config)
     problems += depth_group_problems(config, 1)
+    if config.parallel_strategy == "fsdp" and config.model.compile:
+        problems.append(
+            "parallel_strategy = fsdp: must be ddp with pretrain.model.compile = true, which compiles the backbone in "
+            "one piece, while its blocks are gathered one by one"
+        )
     if teacher.mode == "eval" and not teacher.ema_buffers and _has_batch_norm_in_heads(config):
         problems.append(
             "teacher.mode = eval: needs pretrain.teacher.ema_buffers = true with batch norm in the head, or the "

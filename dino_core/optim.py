@@ -15,6 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from dino_core.config import ConfigError, OptimConfig
+from dino_core.sharding import local_part, norms_of_whole
 
 _TOKEN = re.compile(
     r"(cls|dist|reg|register|mask)_tokens?_?\d*"
@@ -130,19 +131,23 @@ class LARS(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         assert closure is None, "LARS takes no closure"
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                update = parameter.grad
-                if parameter.dim() != 1:
-                    update = update.add(parameter, alpha=group["weight_decay"])
-                    length, update_length = parameter.norm(), update.norm()
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            updates = {parameter: local_part(parameter.grad) for parameter in parameters}
+            matrices = [parameter for parameter in parameters if parameter.dim() != 1]
+            for matrix in matrices:
+                updates[matrix] = updates[matrix].add(local_part(matrix), alpha=group["weight_decay"])
+            if matrices:
+                norms = torch.stack([x.norm() for m in matrices for x in (local_part(m), updates[m])])
+                lengths = norms_of_whole(matrices, norms).unflatten(0, (-1, 2))  # [P, 2]: of weight and update
+                for matrix, (length, update_length) in zip(matrices, lengths, strict=True):
                     ratio = group["eta"] * length / update_length
-                    update = update * torch.where((length > 0) & (update_length > 0), ratio, 1.0)
+                    updates[matrix] = updates[matrix] * torch.where((length > 0) & (update_length > 0), ratio, 1.0)
+            for parameter in parameters:
                 state = self.state[parameter]
                 if "momentum_buffer" not in state:
                     state["momentum_buffer"] = torch.zeros_like(parameter)
-                parameter.add_(state["momentum_buffer"].mul_(group["momentum"]).add_(update), alpha=-group["lr"])
+                moment = local_part(state["momentum_buffer"]).mul_(group["momentum"]).add_(updates[parameter])
+                local_part(parameter).add_(moment, alpha=-group["lr"])
         return None
 
 
@@ -183,7 +188,8 @@ def clip_gradients_(
 
     The norm is each gradient's own (`parameter`, as the authors of DINO do), that of each child of the student
     (`module`, DINOv2: backbone, heads and predictor) or that of all (`global`, as `torch.nn.utils.clip_grad_norm_`).
-    None only measures. Parameters without gradient do not count. Nothing is read back from the device.
+    None only measures. Parameters without gradient do not count, sharded gradients count as a whole. Nothing is read
+    back from the device.
 
     Returns:
         [], the L2 norm of all gradients together, before clipping.
@@ -194,10 +200,11 @@ def clip_gradients_(
     gradients = {name: parameter.grad for name, parameter in student.named_parameters() if parameter.grad is not None}
     if not gradients:
         raise ValueError("no parameter of the student has a gradient: clipping comes after the backward pass")
-    norms = torch.stack(torch._foreach_norm(list(gradients.values())))  # [P]
+    parts = [local_part(gradient) for gradient in gradients.values()]
+    norms = norms_of_whole(list(gradients.values()), torch.stack(torch._foreach_norm(parts)))  # [P]
     if max_norm is not None:
         factors = (max_norm / (_norms_to_clip(norms, list(gradients), mode) + 1e-6)).clamp_(max=1.0)
-        torch._foreach_mul_(list(gradients.values()), list(factors))
+        torch._foreach_mul_(parts, list(factors))
     return torch.linalg.vector_norm(norms)
 
 

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dino_core.masking import Masks, rank_masks
 from dino_core.networks import Outputs
 from dino_core.objectives import PatchSum, PatchTargets, Targets
+from dino_core.sharding import set_gradient_sync
 
 if TYPE_CHECKING:
     from dino_core.train import TrainState
@@ -144,6 +145,8 @@ def backward_in_parts(state: TrainState, groups: Sequence[Tensor], aims: Aims, s
 
 def _no_sync(state: TrainState, *, last: bool) -> AbstractContextManager[None]:
     """Gradients are averaged over the ranks once, in the last backward pass."""
+    if state.is_sharded:
+        set_gradient_sync(state.student, last)
     if last or not isinstance(state.parallel_student, DistributedDataParallel):
         return nullcontext()
     return state.parallel_student.no_sync()

@@ -9,6 +9,7 @@ Axes: n crops, N patches, D features.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -85,7 +86,8 @@ def forward_with_patches(
     """
     patch_embed, norm = backbone.get_submodule("patch_embed").__dict__, backbone.get_submodule("norm").__dict__
     if masked is not None:
-        patch_embed[_MASK] = (masked.mask, backbone.get_parameter("mask_token"))
+        # the token is looked up where it is used: in a sharded backbone it is whole during the pass alone
+        patch_embed[_MASK] = (masked.mask, partial(backbone.get_parameter, "mask_token"))
     norm[_WANTED] = True
     try:
         features = backbone(crops)
@@ -113,8 +115,8 @@ def _put_mask_token(module: nn.Module, inputs: tuple[Tensor, ...], output: Tenso
     given = module.__dict__.get(_MASK)
     if given is None:
         return None
-    mask, token = given
-    return put_mask_token(output, mask, token)
+    mask, mask_token = given
+    return put_mask_token(output, mask, mask_token())
 
 
 def _keep_tokens(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dino_core.config import ConfigError, PretrainConfig
 from dino_core.networks import CropNetwork, build_student
+from dino_core.sharding import is_sharded, part_like, whole_tensor
 from dino_core.stages import Stage
 
 POSITIONS = "backbone.pos_embed"
@@ -20,7 +21,8 @@ def carry_over(source: CropNetwork, target: CropNetwork) -> None:
     """Load the weights and buffers of a network into one that was built for other crops.
 
     Absolute position embeddings [1, P + N, D] of N patches behind P other tokens are interpolated over the grid of the
-    patches by timm, bicubic and antialiased, as it does for crops of other sizes in every forward pass.
+    patches by timm, bicubic and antialiased, as it does for crops of other sizes in every forward pass. Every rank calls
+    it, for networks may be sharded.
 
     Raises:
         ValueError: other tensors differ in shape.
@@ -31,7 +33,12 @@ def carry_over(source: CropNetwork, target: CropNetwork) -> None:
             raise ValueError(f"{', '.join(changed)}: of another shape in the other network")
         old, new = _grid(source.backbone), _grid(target.backbone)
         num_prefix = expected[POSITIONS].shape[1] - new[0] * new[1]
-        tensors[POSITIONS] = resample_abs_pos_embed(tensors[POSITIONS], new, old, num_prefix)
+        like = expected[POSITIONS]
+        positions = resample_abs_pos_embed(whole_tensor(tensors[POSITIONS]), new, old, num_prefix)
+        if is_sharded(like):
+            tensors[POSITIONS] = part_like(like, lambda first, last: positions[first:last], like.device)
+        else:
+            tensors[POSITIONS] = positions
     target.load_state_dict(tensors)
 
 

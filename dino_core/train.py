@@ -30,6 +30,7 @@ from dino_core.optim import build_optimizer, cancel_last_layer_gradients_, clip_
 from dino_core.passes import backward_in_parts, backward_through_both_sides, teach
 from dino_core.resolution import carry_over
 from dino_core.schedules import Schedules, build_schedules
+from dino_core.sharding import assemble, shard, skeleton_of
 from dino_core.stages import Stage, stages_of
 from dino_core.step_metrics import step_metrics
 
@@ -66,7 +67,8 @@ class TrainState:
     objective: Objective
     optimizer: torch.optim.Optimizer
     parallel_student: nn.Module
-    """The student itself or, in a process group, its wrapper that averages gradients. Shares the student's weights."""
+    """The student itself or, in a process group with `ddp`, its wrapper that averages gradients and shares its weights.
+    """
     device: torch.device
     scaler: torch.amp.GradScaler
     """Of the loss, for fp16; does nothing at other precisions."""
@@ -84,6 +86,8 @@ class TrainState:
     """The next update."""
     stage: int = 0
     """Which of the stages it is in; at the end of one it is still in that, until `enter_stage`."""
+    skeleton: nn.Module | None = None
+    """Where the networks are sharded: the teacher's backbone without memory, for `teacher_backbone`."""
 
     @classmethod
     def create(
@@ -119,13 +123,20 @@ class TrainState:
             torch.default_generator.manual_seed(config.seed)
             student = build_student(config, backbone)
             objective = Objective(student.head.out_dim, config).to(device)
-        student = synchronise_batch_norm(student.to(device), config, device).train()
+        is_sharded = config.parallel_strategy == "fsdp" and has_process_group()
+        if not is_sharded:  # else it goes there in parts
+            student.to(device)
+        student = synchronise_batch_norm(student, config, device).train()
         teacher = build_teacher(student, config)
+        skeleton = None
+        if is_sharded:
+            skeleton = skeleton_of(teacher.backbone)
+            shard(student, teacher, config, device)
         if config.model.compile:
             compile_backbone(student.backbone)
             compile_backbone(teacher.backbone)
         parallel: nn.Module = student
-        if has_process_group():
+        if has_process_group() and not is_sharded:
             parallel = DistributedDataParallel(student, gradient_as_bucket_view=True)
         optimizer = build_optimizer(config.optim, student)
         scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
@@ -136,12 +147,22 @@ class TrainState:
         return cls(
             *(config, schedules, student, teacher, objective, optimizer, parallel, device, scaler),
             *(stages, num_samples, frozen, digest, backbone),
+            skeleton=skeleton,
         )
 
     @property
     def target_network(self) -> CropNetwork:
         """What gives the targets: the frozen teacher where there is one."""
         return self.teacher if self.frozen_teacher is None else self.frozen_teacher
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether this rank holds a part of every weight (`parallel_strategy`)."""
+        return self.skeleton is not None
+
+    def teacher_backbone(self) -> nn.Module:
+        """The teacher's backbone to look at, whole on every rank; every rank calls it. A copy where it is sharded."""
+        return self.teacher.backbone if self.skeleton is None else assemble(self.skeleton, self.teacher.backbone)
 
     def enter_stage(self, index: int) -> None:
         """Build networks and optimiser for another stage of the run, in place; every rank of a process group calls it.
@@ -162,7 +183,7 @@ class TrainState:
         if self.scaler.is_enabled():
             new.scaler.load_state_dict(self.scaler.state_dict())
         self.config, self.student, self.teacher, self.objective = new.config, new.student, new.teacher, new.objective
-        self.frozen_teacher = new.frozen_teacher
+        self.frozen_teacher, self.skeleton = new.frozen_teacher, new.skeleton
         self.optimizer, self.parallel_student, self.scaler = new.optimizer, new.parallel_student, new.scaler
         self.stage = index
 

@@ -58,13 +58,16 @@ class StepCost:
     head: int
     """Parameters of the student's head, or heads."""
     weights: int
-    """Bytes: student, its gradients, the optimiser's moments, teacher, frozen teacher, queue of negatives."""
+    """Bytes: student, its gradients, the optimiser's moments, teacher, frozen teacher, queue of negatives. With several
+    workers and `parallel_strategy` = fsdp a worker's part of all but frozen teacher and queue, besides the heads, which
+    are whole from forward to backward pass, and with `accumulate_steps` the gradients, which are until the last
+    part."""
     activations: int
     """Bytes that autograd holds between the student's forward and backward pass, in fp32."""
     logits: int
     """Bytes: logits of student and teacher, of masked patches too, their softmax, and the gradient."""
     checkpoint: int
-    """Bytes of one checkpoint on disk: `weights` without the gradients."""
+    """Bytes of one checkpoint on disk: all weights and moments, and the queue."""
     flops: Flops
     """For one image."""
 
@@ -78,11 +81,12 @@ def cost_key(config: RunConfig) -> tuple[object, ...]:
     """Equal for runs whose steps cost the same."""
     pretrain, crops = config.pretrain, config.pretrain.crops
     sizes = (pretrain.batch_size, pretrain.accumulate_steps, pretrain.loss, pretrain.optim.name, pretrain.precision)
-    shapes = (crops.num_local_crops, crops.global_size, crops.local_size, config.cluster.num_workers)
+    shapes = (crops.num_local_crops, crops.global_size, crops.local_size)
+    spread = (config.cluster.num_workers, pretrain.parallel_strategy)
     patches = (pretrain.ibot, pretrain.mask, pretrain.teacher.centering) if pretrain.ibot.weight else ()
     teacher = (pretrain.teacher.stop_gradient, pretrain.teacher.checkpoint)
     parts = (pretrain.model, pretrain.head, pretrain.predictor, *teacher)
-    return (*parts, *sizes, *shapes, *patches)
+    return (*parts, *sizes, *shapes, *spread, *patches)
 
 
 def measure(config: RunConfig) -> StepCost:
@@ -122,10 +126,14 @@ def measure(config: RunConfig) -> StepCost:
     num_compared = num_outputs if student.class_outputs else 0
     activations, flops = _one_step(student, teacher, targets_from, objective, pretrain, per_pass, masks)
     kept = everything + of_teacher + trained * MOMENTS[pretrain.optim.name] + queue
+    held = kept + trained
+    if pretrain.parallel_strategy == "fsdp" and config.cluster.num_workers > 1:
+        whole = queue + head + (trained if pretrain.accumulate_steps > 1 else 0)
+        held = -(-(held - queue) // config.cluster.num_workers) + whole
     return StepCost(
         backbone=backbone,
         head=head,
-        weights=_FLOAT * (kept + trained + frozen),
+        weights=_FLOAT * (held + frozen),
         activations=activations,
         # student, of one pass: logits, log-softmax, gradient; teacher, of the whole batch: logits, softmax
         # and for info_nce the similarities, their exponentials and gradient

@@ -158,7 +158,8 @@ def what_does_not_fit(
                 problems.append(
                     f"{name}: a step takes {'' if measured else 'about '}{most / 1e9:.1f} GB, which {certain} fit into "
                     f"the {gpu_bytes / 1e9:.1f} GB of a GPU; pretrain.accumulate_steps, "
-                    "pretrain.model.activation_checkpointing and cluster.num_workers make it less"
+                    "pretrain.model.activation_checkpointing, cluster.num_workers and, with several of them, "
+                    "pretrain.parallel_strategy = fsdp make it less"
                 )
         elif on_this_machine:
             import psutil

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from dino_core.config import PretrainConfig
 from dino_core.distributed import all_gather_rows, rank, world_size
@@ -105,17 +105,18 @@ class _Evaluation:
             self._views = _Images(config, source, "train", chosen, digest, self._augmented)
 
     def __call__(self, state: TrainState) -> dict[str, float]:
-        train = self._train.gather(extract_features(state.teacher.backbone, self._train.batches()))
+        backbone = state.teacher_backbone()
+        train = self._train.gather(extract_features(backbone, self._train.batches()))
         metrics: dict[str, float] = {}
         if self._queries is not None:
-            tests = self._queries.gather(extract_features(state.teacher.backbone, self._queries.batches()))
+            tests = self._queries.gather(extract_features(backbone, self._queries.batches()))
             metrics["eval/knn_top1"] = self._accuracy(train, tests, state.step)
             side = self._config.pretrain.crops.global_size
             if state.step == 0 and int(self._gallery.sum()) * 3 * side * side <= _RAW_PIXEL_VALUES:
                 pixels = [self._pixels(images, state.device) for images in (self._train, self._queries)]
                 metrics["eval/raw_pixel_knn_top1"] = self._accuracy(pixels[0], pixels[1], state.step)
         if self._config.pretrain.eval.num_label_free:
-            metrics |= self._label_free(state, train)
+            metrics |= self._label_free(state, backbone, train)
         if num_bad := sum(int(part.bad(state.device).sum()) for part in (self._train, self._queries) if part):
             metrics["eval/unreadable_images"] = num_bad
         return metrics
@@ -134,13 +135,13 @@ class _Evaluation:
             temperature=settings.knn_temperature,
         )
 
-    def _label_free(self, state: TrainState, train: Tensor) -> dict[str, float]:
+    def _label_free(self, state: TrainState, backbone: nn.Module, train: Tensor) -> dict[str, float]:
         rows = train[self._readable(self._train, train, "training", state.step, self._scored)]
         scores = {"eval/rankme": rankme(rows), "eval/alpha_req": alpha_req(rows)}
         if self._views is not None:
             num_views = self._config.pretrain.eval.num_lidar_views
             batches = (self._augmented.finish(batch, state.device) for batch in self._views.batches())
-            views = self._views.gather(extract_features(state.teacher.backbone, batches).unflatten(0, (-1, num_views)))
+            views = self._views.gather(extract_features(backbone, batches).unflatten(0, (-1, num_views)))
             scores["eval/lidar"] = lidar(views[self._readable(self._views, views, "training", state.step)])
         return {name: score for name, score in scores.items() if math.isfinite(score)}  # no spectrum has no exponent
 

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch import nn
 
 from dino_core.crops import MultiCrop
 from dino_core.eval.attention import attention_maps
@@ -65,14 +66,14 @@ class Pictures:
         due = state.step == state.schedules.total_steps or (every is not None and state.step % every == 0)
         return settings.num_pictures > 0 and due and not self._step_folder(state).exists()
 
-    def draw(self, state: TrainState) -> None:
-        """Draw and write all pictures of this step, or none.
+    def draw(self, state: TrainState, backbone: nn.Module) -> None:
+        """Draw and write all pictures of this step, or none, with the teacher's `backbone`.
 
         Nothing that goes wrong here ends a run: it is logged, and the pictures are missing.
         """
         folder = self._step_folder(state)
         try:
-            write_pictures(folder, self._make(state))
+            write_pictures(folder, self._make(backbone))
         # No number depends on a picture. A full disk, or a backbone that is unlike all that were thought of, must not
         # cost the result of the whole run, whose last evaluation this is.
         except Exception:
@@ -81,7 +82,7 @@ class Pictures:
     def _step_folder(self, state: TrainState) -> Path:
         return self._folder / f"step_{state.step:08d}"
 
-    def _make(self, state: TrainState) -> dict[str, Picture]:
+    def _make(self, backbone: nn.Module) -> dict[str, Picture]:
         if self._images is None:
             self._images = self._choose()
         numbers, originals = self._images
@@ -95,10 +96,10 @@ class Pictures:
         size, fraction = crops.global_size, config.eval.crop_fraction
         views = torch.stack([eval_transform(image, size, fraction, crops.mean, crops.std) for image in originals])
         seen = as_pixels(views, crops.mean, crops.std)
-        maps = attention_maps(state.teacher.backbone, views)
+        maps = attention_maps(backbone, views)
         if maps is not None:
             pictures["attention"] = attention_picture(seen, maps)
-        features = patch_features(state.teacher.backbone, views)
+        features = patch_features(backbone, views)
         if features is not None:
             pictures["features"] = features_picture(seen, features)
         return pictures

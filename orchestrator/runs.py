@@ -185,15 +185,21 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     return override(config, changes)
 
 
+_MAY_CHANGE = "pretrain.parallel_strategy"
+"""How a run is computed rather than what."""
+
+
 def resumed_record(record: RunRecord, changes: Mapping[str, Any]) -> RunRecord:
-    """The record of a run that goes on, with another cluster or tracking if wished.
+    """The record of a run that goes on, with another cluster, tracking or parallel strategy if wished.
 
     Raises:
         ConfigError: A change would alter what is computed.
     """
-    fixed = [key for key in changes if key.split(".")[0] not in ("cluster", "tracking")]
+    fixed = [key for key in changes if key.split(".")[0] not in ("cluster", "tracking") and key != _MAY_CHANGE]
     if fixed:
-        raise ConfigError(f"{fixed[0]}: a resumed run computes what it began; only cluster.* and tracking.* can change")
+        raise ConfigError(
+            f"{fixed[0]}: a resumed run computes what it began; only cluster.*, tracking.* and {_MAY_CHANGE} can change"
+        )
     config = override(override(RunConfig(), record.config), changes)
     return replace(record, config=flatten(with_absolute_paths(config)))
 

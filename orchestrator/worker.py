@@ -195,7 +195,8 @@ def _evaluation(
         evaluate = make_evaluate(config, source, digest)
         if not config.pretrain.eval.num_pictures:
             return evaluate
-        return _with_pictures(evaluate, Pictures(config, source, loader, run_dir) if place.rank == 0 else None)
+        pictures = Pictures(config, source, loader, run_dir) if place.rank == 0 else None
+        return _with_pictures(evaluate, pictures, place)
 
     if not config.pretrain.stages:
         return of(config)
@@ -230,13 +231,19 @@ def _timed(evaluate: Evaluate, clock: RunClock, place: Place, last_step: int) ->
     return timed
 
 
-def _with_pictures(evaluate: Evaluate | None, pictures: Pictures | None) -> Evaluate:
-    """The evaluation, which draws as well where `pictures` are given; every rank has one, or none."""
+def _with_pictures(evaluate: Evaluate | None, pictures: Pictures | None, place: Place) -> Evaluate:
+    """The evaluation, which draws as well where `pictures` are given: by rank 0; the others may hold parts of the
+    backbone."""
 
     def evaluate_and_draw(state: TrainState) -> dict[str, float]:
         metrics = evaluate(state) if evaluate is not None else {}
-        if pictures is not None and pictures.is_due(state):
-            pictures.draw(state)
+        is_due = pictures is not None and pictures.is_due(state)
+        if state.is_sharded:
+            is_due = _same_on_all_ranks(is_due, place)
+        if is_due:
+            backbone = state.teacher_backbone()
+            if pictures is not None:
+                pictures.draw(state, backbone)
         return metrics
 
     return evaluate_and_draw

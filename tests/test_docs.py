@@ -31,7 +31,7 @@ Every setting, under the one name that it has on the command line, in a file, in
 in error messages. Recipes change the defaults; `--dry-run` prints the values that a run would have.
 
 - `pretrain.*` and `data.*` say what is computed. `cluster.*` and `tracking.*` never change a number beyond rounding; a
-  resumed run may change them, and a sweep cannot vary them.
+  resumed run may change them, and of the others `pretrain.parallel_strategy`; a sweep cannot vary them.
 - No value (None below) is written `none` or `null`, a truth value `true` or `false`, a pair `[0.4, 1.0]` or `0.4,1.0`.
 - Batch sizes are global. A duration ends in its unit: `_steps` are optimiser steps, `_epochs` passes over the training
   images (fractions allowed), `_s` seconds.

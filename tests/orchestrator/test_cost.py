@@ -155,6 +155,7 @@ def test_what_changes_the_cost_of_a_step_is_in_its_key() -> None:
         "pretrain.model.depth": 3,
         "pretrain.precision": "bf16",
         "cluster.num_workers": 2,
+        "pretrain.parallel_strategy": "fsdp",
         "pretrain.ibot.weight": 1.0,
     }.items():
         assert cost_key(override(base, {key: value})) != cost_key(base), key
@@ -208,6 +209,17 @@ def test_more_workers_share_the_step_but_not_the_weights() -> None:
     assert two.weights == one.weights
     assert two.logits == one.logits // 2
     assert two.activations == pytest.approx(one.activations / 2, rel=0.02)
+
+
+def test_sharded_weights_are_shared_but_for_what_stays_whole() -> None:
+    sharded = {"pretrain.parallel_strategy": "fsdp"}
+    one, alone = measure(quickstart()), measure(override(quickstart(), sharded))
+    two = measure(override(quickstart(), {**sharded, "cluster.num_workers": 2}))
+    in_parts = measure(override(quickstart(), {**sharded, "cluster.num_workers": 2, "pretrain.accumulate_steps": 2}))
+    assert alone.weights == one.weights
+    assert two.weights == pytest.approx(one.weights / 2 + 4 * one.head, abs=4)
+    assert in_parts.weights == pytest.approx(two.weights + 4 * (one.backbone + one.head), rel=0.01)
+    assert two.checkpoint == one.checkpoint
 
 
 def test_accumulation_holds_one_part_of_the_batch_at_a_time_and_a_queue_stays() -> None:

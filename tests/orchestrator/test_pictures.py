@@ -41,7 +41,7 @@ class Run:
 
     def draw(self, step: int) -> dict[str, np.ndarray]:
         self.state.step = step
-        self.pictures.draw(self.state)
+        self.pictures.draw(self.state, self.state.teacher_backbone())
         folder = self.pictures._step_folder(self.state)
         images = {path.name: Image.open(io.BytesIO(path.read_bytes())) for path in folder.glob("*.png")}
         return {name: np.asarray(image.convert("RGB")) for name, image in images.items()}
