@@ -84,10 +84,12 @@ def main() -> None:
         with _Counter() as counter:
             run(network, groups, args.batch, 0, bf16=True)
         operations[name] = counter.count
+        print(f"{name}: {counter.count} operations in bf16", flush=True)
         run(network, groups, args.batch, 0, bf16=False)
     for step in range(args.rounds):
         for (name, precision), seconds in turns.items():
             seconds.append(run(networks[name], groups, args.batch, step, bf16=PRECISIONS[precision]))
+            print(f"round {step}, {name}, {precision}: {1000 * seconds[-1]:.0f} ms", flush=True)
     found = []
     print(f"{'':24}{'':6}{'ms':>8}{'ratio':>8}  {'in rounds':32}{'operations':>12}")
     for (name, precision), seconds in turns.items():
