@@ -21,8 +21,8 @@ def carry_over(source: CropNetwork, target: CropNetwork) -> None:
     """Load the weights and buffers of a network into one that was built for other crops.
 
     Absolute position embeddings [1, P + N, D] of N patches behind P other tokens are interpolated over the grid of the
-    patches by timm, bicubic and antialiased, as it does for crops of other sizes in every forward pass. Every rank calls
-    it, for networks may be sharded.
+    patches by timm, bicubic and antialiased, as it does for crops of other sizes in every forward pass. Networks may be
+    sharded, so every rank calls it.
 
     Raises:
         ValueError: other tensors differ in shape.

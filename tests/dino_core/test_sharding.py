@@ -25,7 +25,7 @@ from dino_core.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from dino_core.config import ConfigError, ModelConfig, PretrainConfig
+from dino_core.config import ConfigError, ModelConfig, PretrainConfig, StageConfig, StageCropsConfig
 from dino_core.distributed import rank, world_size
 from dino_core.eval.features import extract_features
 from dino_core.eval.pictures import patch_features
@@ -54,6 +54,7 @@ CASES: dict[str, PretrainConfig] = {
         head={"norm_last_layer": False},
         optim={"name": "lars", "lr": 0.5, "clip_mode": "global", "freeze_last_layer_by": "lr"},
     ),
+    "packed, sub-batches": POINTS["packed, sub-batches, recomputed"],
     "convnet": changed(
         dataclasses.replace(PLAIN, model=ModelConfig(backbone="resnet10t", drop_path=0.0)),
         optim={"name": "sgd", "lr": 0.01},
@@ -139,6 +140,21 @@ def looks() -> dict[str, Any]:
     return found
 
 
+def staged() -> dict[str, Any]:
+    """A run that goes on at another resolution, with position embeddings that one rank holds alone."""
+    stage = StageConfig(steps=2, crops=StageCropsConfig(global_size=24, local_size=16))
+    found = {}
+    for how in ("ddp", "fsdp"):
+        config = dataclasses.replace(strategy(PLAIN, how), steps=2, stages=(stage,))
+        state = TrainState.create(config, NUM_SAMPLES)
+        advance(state, 2)
+        state.enter_stage(1)
+        advance(state, 4)
+        found[how] = values(state)
+        found[f"shares {how}"] = share_of_numbers(state)
+    return found
+
+
 class Scaled(nn.Module):
     """Has a parameter that cannot be shared out."""
 
@@ -166,7 +182,7 @@ def one_rank(index: int, folder: str) -> None:
         name: {how: run(strategy(config, how), 3 if name in EXACT else 2) for how in ("ddp", "fsdp")}
         for name, config in CASES.items()
     }
-    result |= {"checkpoints": checkpoints(Path(folder)), "looks": looks(), "refusal": refusal()}
+    result |= {"checkpoints": checkpoints(Path(folder)), "looks": looks(), "staged": staged(), "refusal": refusal()}
     torch.save(result, f"{folder}/{index}.pt")
     dist.destroy_process_group()
 
@@ -234,6 +250,12 @@ def test_the_backbone_can_be_looked_at(ranks: list[dict[str, Any]]) -> None:
         sharded, plain = result["looks"]["fsdp"], result["looks"]["ddp"]
         for key in ("features", "maps", "losses"):
             torch.testing.assert_close(sharded[key], plain[key], rtol=1e-5, atol=1e-4 if key == "maps" else 1e-5)
+
+
+def test_the_next_stage_is_sharded_too(ranks: list[dict[str, Any]]) -> None:
+    for result in ranks:
+        close(result["staged"]["fsdp"], result["staged"]["ddp"], rtol=1e-5, atol=3e-5)
+        assert max(result["staged"]["shares fsdp"].values()) < 0.6
 
 
 @pytest.mark.parametrize(("written", "how"), WAYS)
