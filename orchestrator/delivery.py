@@ -85,6 +85,8 @@ class Delivery(threading.Thread):
         self._deadline = time.monotonic() + timeout_s
         self._ending.set()
         self._wake.set()
+        if self.ident is None:
+            self.start()
         self.join(timeout_s + 1.0)
         if self.is_alive():
             return self.problem or f"{self._target.shown} does not answer"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import json
 import logging
 import os
@@ -190,12 +191,13 @@ def _set_up_process() -> Callable[[], None]:
     return set_up
 
 
-def connect(config: RunConfig, *, dashboard: bool) -> Capacity:
+def connect(config: RunConfig, *, dashboard: bool, meanwhile: str | None = None) -> Capacity:
     """Connect to the cluster that `config` names, or start one here; `disconnect` ends either.
 
     Args:
         config: A run whose `cluster` part says which cluster, and which must fit.
         dashboard: Start the dashboard of a local Ray; trials that are TorchTrainers need it to be cleaned up after.
+        meanwhile: A module that is needed next and takes seconds to import, as Ray does to start.
 
     Raises:
         ConfigError: The cluster can never hold the run.
@@ -207,6 +209,8 @@ def connect(config: RunConfig, *, dashboard: bool) -> Capacity:
 
     for name in ("ray.tune", "ray.train", "ray.data"):  # our table replaces their progress talk
         logging.getLogger(name).setLevel(logging.ERROR)
+    if meanwhile is not None:
+        threading.Thread(target=_import, args=(meanwhile,), name="import", daemon=True).start()
     address = cluster_address(config.cluster)
     runtime_env: dict[str, Any] = {"env_vars": _child_env(), "worker_process_setup_hook": _set_up_process()}
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "runtime_env": runtime_env}
@@ -221,6 +225,11 @@ def connect(config: RunConfig, *, dashboard: bool) -> Capacity:
         capacity = Capacity.of_connected_cluster()
     check_fits(config, capacity, "this machine" if address is None else f"the cluster {address}")
     return capacity
+
+
+def _import(module: str) -> None:
+    with contextlib.suppress(Exception):  # whoever needs it imports it again, and is told
+        importlib.import_module(module)
 
 
 _started_here: list[psutil.Process] = []
@@ -242,8 +251,9 @@ def disconnect() -> None:
         family = [process for server in _started_here for process in _with_descendants(server)]
         _started_here.clear()
         if "ray" in sys.modules:
-            with _no_garbage():
-                sys.modules["ray"].shutdown()
+            ray = sys.modules["ray"]
+            with _no_garbage() if ray.is_initialized() else contextlib.nullcontext():
+                ray.shutdown()
         end_processes(family, EXIT_S)
 
 

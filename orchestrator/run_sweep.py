@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -336,10 +337,12 @@ def _run(plan: _Plan) -> SweepResult:
     def launch() -> None:
         if open_trials or more:
             _tune(plan, open_trials, ledger, runs)
-            disconnect()
+        with ThreadPoolExecutor(1, thread_name_prefix="report") as other:
+            report = other.submit(lambda: Summary.of(plan.folder, target).write_report())
+            disconnect()  # which mostly waits
+            report.result()
         if plan.search is not None:
             print(plan.search.describe(), flush=True)
-        Summary.of(plan.folder, target).write_report()
         failed = plan.failed()
         ledger.record(name, "failed" if failed else "finished", ", ".join(failed))
 
@@ -373,7 +376,7 @@ def _tune(plan: _Plan, open_trials: list[str], ledger: Ledger, runs: list[RunPro
     config = plan.config
     launcher = resolve_launcher(config.cluster, in_sweep=True)
     # Ray Train's cleaner of placement groups asks the dashboard which controllers live.
-    capacity = connect(config, dashboard=launcher == "train")
+    capacity = connect(config, dashboard=launcher == "train", meanwhile="orchestrator.tune_callback")
     from ray import tune
 
     from orchestrator.tune_callback import LedgerCallback

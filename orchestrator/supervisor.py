@@ -21,6 +21,8 @@ from orchestrator.tracking import Target
 INTERRUPTED_DELIVERY_S = {signal.SIGTERM: 2.0, signal.SIGINT: 10.0}
 """How long an interrupted driver tries to tell MLflow; `ray job stop` leaves 3 s between SIGTERM and SIGKILL."""
 FINAL_DELIVERY_S = 30.0
+START_DELIVERY_S = 20.0
+"""How long the first delivery waits for a run to start."""
 STOP_S = 5.0
 """How long a driver that gives up waits for `launch` to have stopped."""
 
@@ -98,13 +100,18 @@ def supervise(
             thread.join(STOP_S)
 
     delivery = Delivery(folder, experiment, target)
+    began = time.monotonic()
     with _interruptible() as interrupted:
-        delivery.start()
         thread = threading.Thread(target=target_function, name="launch", daemon=True)
         with Progress(folder, runs) as progress:
             thread.start()
             while not done.wait(0.25) and not interrupted.is_set():
                 progress.update()
+                # Not before a run starts: the imports of MLflow and those of Ray would be in each other's way.
+                if delivery.ident is None and (
+                    any(run.state != "waiting" for run in runs) or time.monotonic() > began + START_DELIVERY_S
+                ):
+                    delivery.start()
                 stalled = _stalled(folder, runs, start_timeout_s)
                 if stalled:
                     reason = f"no first step within {start_timeout_s:g} s (cluster: {describe_cluster()})"

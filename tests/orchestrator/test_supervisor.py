@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -109,6 +110,27 @@ def test_a_run_that_hangs_is_given_up_with_a_reason(run: Path, ledger: Ledger) -
     state = read_states(run)["run-1"]
     assert state.event == "failed"
     assert "no first step" in state.reason
+
+
+def test_delivery_begins_when_a_run_has_started(run: Path, ledger: Ledger) -> None:
+    delivering: list[bool] = []
+    before = set(threading.enumerate())  # other tests' may still wait for a server
+
+    def is_delivering() -> bool:
+        return any(thread.name == "mlflow-delivery" for thread in set(threading.enumerate()) - before)
+
+    def launch() -> None:
+        time.sleep(0.8)  # as Ray takes to start
+        delivering.append(is_delivering())
+        ledger.record("run-1", "started")
+        deadline = time.monotonic() + 30
+        while not is_delivering() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        delivering.append(is_delivering())
+        ledger.record("run-1", "finished")
+
+    supervise_run(run, ledger, launch)
+    assert delivering == [False, True]
 
 
 def test_what_breaks_the_launch_is_raised_and_written_down(run: Path, ledger: Ledger) -> None:
