@@ -36,6 +36,19 @@ def test_equals_the_definition(seed, k, temperature):
     assert knn_accuracy(*gallery, *queries, k=k, temperature=temperature) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    ("temperature", "official"),
+    [
+        (0.07, {10: 93.33333333333333, 20: 93.66666666666667, 100: 93.66666666666667, 200: 93.66666666666667}),
+        (1.0, {10: 93.0, 20: 93.0, 100: 91.33333333333333, 200: 91.0}),
+    ],
+)
+def test_values_of_the_authors_script(temperature, official):
+    """`knn_classifier` of DINO's eval_knn.py (7c446df), run on these features at length 1."""
+    found = knn_accuracies(*blobs(600, 0), *blobs(300, 1), tuple(official), temperature)
+    assert found == pytest.approx(official)
+
+
 def test_the_nearest_outvotes_the_many_only_at_low_temperature():
     gallery = torch.tensor([[1.0, 0.0], [0.9, 0.5], [0.9, 0.5]])
     labels, query, truth = torch.tensor([0, 1, 1]), torch.tensor([[1.0, 0.0]]), torch.tensor([0])
